@@ -6,6 +6,7 @@ and docs/methods.md, and the contract tests, which run over every entry.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -149,7 +150,7 @@ PAPERS: tuple[Paper, ...] = (
 )  # fmt: skip
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join(lines)
@@ -184,7 +185,13 @@ def papers_table() -> str:
     """Return the markdown table of the 20 papers with their status, as in README.md."""
     header = ("#", "paper", "arXiv", "status", "methods")
     rows = [
-        (str(p.number), f"{p.title} ({p.authors}, {p.venue})", _arxiv(p.arxiv), p.status, ", ".join(f"`{m}`" for m in p.methods))
+        (
+            str(p.number),
+            f"{p.title} ({p.authors}, {p.venue})",
+            _arxiv(p.arxiv),
+            p.status,
+            ", ".join(f"`{m}`" for m in p.methods),
+        )
         for p in PAPERS
     ]
     return _table(header, rows)

@@ -1,0 +1,126 @@
+"""The command line: `qlab methods, describe, fit, test, reproduce, bench`.
+
+This file reads the command and hands on. It imports neither torch nor Lightning, so that `--help`, `methods` and every
+mistyped name are answered at once; `qlab.cli.training` (on LightningCLI) and the others are imported when they are needed.
+
+Exit status: 0 done (for `reproduce`: the claim holds; for `bench`: all goals are kept), 2 an error that the user can act on,
+3 the claim fails or a goal is missed, 4 the claim is undecided, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from qlab.errors import QlabError
+
+__all__ = ["main"]
+
+TRAINING = ("fit", "test")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=16),
+        prog="qlab",
+        description="A lab for quantized and binary neural networks.",
+        epilog="qlab COMMAND --help says more.",
+    )
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    methods = commands.add_parser("methods", help="list the training methods", description="List the training methods.")
+    methods.add_argument("--json", action="store_true", help="as JSON")
+
+    describe = commands.add_parser(
+        "describe",
+        help="show a method, data set, model or experiment",
+        description="Show what the lab knows of a name: what it is, its paper, its options with types and defaults.",
+    )
+    describe.add_argument("name", help="a method, data set, model or experiment")
+
+    commands.add_parser("fit", help="train a network", add_help=False)
+    commands.add_parser("test", help="test a checkpoint", add_help=False)
+
+    reproduce = commands.add_parser(
+        "reproduce",
+        help="judge a paper's claim",
+        description="Run a paper's claim and judge it. Exit status: 0 it holds, 3 it fails, 4 undecided. "
+        "An interrupted run goes on where it stopped.",
+    )
+    which = reproduce.add_mutually_exclusive_group(required=True)
+    which.add_argument("name", nargs="?", help="an experiment")
+    which.add_argument("--list", action="store_true", help="list the experiments")
+    reproduce.add_argument(
+        "--scale", choices=("laptop", "workstation", "paper"), default="laptop", help="default: laptop"
+    )
+    reproduce.add_argument(
+        "--seeds", type=int, metavar="N", help="how many seeds; default: the experiment's own number"
+    )
+    reproduce.add_argument("--data", metavar="D", help="a data set that the experiment accepts; default: its first")
+    reproduce.add_argument(
+        "--workers", type=int, metavar="N", help="processes; default: one per core where that is faster"
+    )
+    reproduce.add_argument("--fresh", action="store_true", help="run again what is kept from an earlier run")
+    reproduce.add_argument("--json", metavar="FILE", help="write the result here")
+
+    bench = commands.add_parser(
+        "bench",
+        help="time against what one would use instead",
+        description="Run a benchmark of a checkout. Exit status: 0 all goals are kept, 3 one is missed.",
+    )
+    which = bench.add_mutually_exclusive_group(required=True)
+    which.add_argument("name", nargs="?", help="a benchmark")
+    which.add_argument("--list", action="store_true", help="list the benchmarks")
+    bench.add_argument("--json", metavar="FILE", help="write the result here")
+    return parser
+
+
+def _dispatch(arguments: list[str]) -> int:
+    # fit and test have options that only the chosen method and data set define, so they are not argparse's.
+    if arguments and arguments[0] in TRAINING:
+        from qlab.cli.choice import main as training
+
+        return training(arguments[0], arguments[1:])
+
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.version:
+        import qlab
+
+        print(f"qlab {qlab.__version__}")
+        return 0
+    if options.command is None:
+        parser.print_help()
+        return 2
+    if options.command in ("methods", "describe"):
+        from qlab.cli import shelves
+
+        return shelves.methods(options.json) if options.command == "methods" else shelves.describe(options.name)
+
+    from qlab.cli import judging
+
+    return (judging.reproduce if options.command == "reproduce" else judging.bench)(options, arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status.
+
+    Args:
+        arguments: the words after `qlab`; None for those of the process.
+    """
+    try:
+        status = _dispatch(list(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+        return status
+    except QlabError as error:
+        print(f"qlab: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("qlab: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `qlab methods | head`: the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0

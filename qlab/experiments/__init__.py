@@ -1,0 +1,28 @@
+"""A paper's claim as a run with settings, a tidy table and a verdict.
+
+`EXPERIMENTS` lists what there is without importing torch or pandas; `EXPERIMENTS.load(name)` gives the `Experiment`,
+whose `run(scale, seeds, data)` returns a `Result`:
+
+    from qlab.experiments import EXPERIMENTS
+
+    result = EXPERIMENTS.load("adaste").run(scale="laptop", data="digits")
+    result.verdict      # "holds", "fails" or "undecided"
+    result.table()      # mean ± standard deviation per arm
+"""
+
+from __future__ import annotations
+
+from qlab.registry import Entry, Registry
+
+__all__ = ["EXPERIMENTS"]
+
+EXPERIMENTS: Registry[Entry] = Registry(
+    "experiment",
+    [
+        Entry(
+            name="adaste",
+            title="AdaSTE is never stuck: saturated weights change sign where the exact derivative moves none",
+            target="qlab.experiments.adaste:EXPERIMENT",
+        ),
+    ],
+)

@@ -1,0 +1,81 @@
+"""Plain full-precision networks that know nothing of quantization.
+
+`build(name, input_shape, num_classes, **options)` gives an `nn.Module` that maps a float batch (N, *input_shape) to
+logits (N, num_classes). Importing this package does not import torch; a network is imported when it is built.
+
+What every network here promises, because `qlab.quantize` and the tools of torch rely on it:
+
+* nonlinearities are modules, one object per place, and modules are registered in the order in which they run;
+* a nonlinearity that stands, in that order, between a layer and the layer before it is the input of that layer (pooling
+  comes before batch norm), so that replacing it by a quantizer puts the layer's input on the quantizer's grid;
+* a layer followed by batch norm has no bias;
+* `torch.fx`, `torch.func.functional_call` and `torch.vmap` (batch norm in eval mode) work on it;
+* `net.spec` is a dictionary of primitives, and `build(net.spec)` gives the same architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from qlab.errors import InputError
+from qlab.registry import Entry, Registry
+
+if TYPE_CHECKING:
+    from qlab.models.base import Net
+
+__all__ = ["MODELS", "build"]
+
+MODELS: Registry[Entry] = Registry(
+    "model",
+    [
+        Entry("mlp", "Multilayer perceptron on the flattened input", "qlab.models.mlp:MLP"),
+        Entry("lenet", "LeNet-5 with batch norm and ReLU, for small grey or colour images", "qlab.models.lenet:LeNet"),
+        Entry("vgg_small", "VGG-small of the binary-network papers: six 3x3 convolutions", "qlab.models.vgg:VGGSmall"),
+        Entry("resnet20", "ResNet-20 for CIFAR, shortcuts of type A or B", "qlab.models.resnet:ResNet20"),
+        Entry("resnet18", "ResNet-18 with a 3x3 stem for small images", "qlab.models.resnet:ResNet18"),
+        Entry("bireal18", "Bi-Real Net 18: every 3x3 convolution has its own shortcut", "qlab.models.bireal:BiReal18"),
+    ],
+)
+
+
+def build(
+    name_or_spec: str | Mapping[str, Any],
+    input_shape: Sequence[int] | None = None,
+    num_classes: int | None = None,
+    *,
+    seed: int | None = None,
+    **options: Any,
+) -> Net:
+    """Return a freshly initialised network.
+
+    Args:
+        name_or_spec: a name in `MODELS`, or a spec as `net.spec` holds it; further arguments override the spec's.
+        input_shape: (C, H, W) of one image, or (D,) of one vector; the mlp takes either.
+        num_classes: number of logits, at least 2.
+        seed: draws the initial weights on the CPU from this seed alone: they are the same on every device, and torch's
+            global generator is left as it was. None: from torch's global generator, as in torch.
+        **options: of the network; `affine` (batch norm has scale and shift) and `final_norm` (batch norm on the
+            logits) are common to all.
+
+    Returns:
+        The network in training mode, on torch's default device and in its default dtype.
+
+    Raises:
+        UnknownNameError: no such network.
+        InputError: an option the network does not have, a value of the wrong type or range, an image too small for
+            the network, or a network so large that it cannot be meant. Nothing is allocated before this is known: a
+            spec may come out of a file from a stranger.
+    """
+    spec: dict[str, Any] = dict(name_or_spec) if isinstance(name_or_spec, Mapping) else {"name": name_or_spec}
+    spec |= options
+    spec |= {} if input_shape is None else {"input_shape": input_shape}
+    spec |= {} if num_classes is None else {"num_classes": num_classes}
+    entry = MODELS[spec.pop("name", None)]
+    for key, example in (("input_shape", "(1, 28, 28)"), ("num_classes", "10")):
+        if spec.get(key) is None:
+            raise InputError(f"{entry.name} needs {key}; none was given. Say for example {key}={example}.")
+
+    from qlab.models.base import construct  # imports torch
+
+    return construct(MODELS.load(entry.name), spec.pop("input_shape"), spec.pop("num_classes"), spec, seed)
