@@ -53,7 +53,8 @@ $(STAMP): pyproject.toml constraints.txt
 
 lab: $(STAMP) ## open JupyterLab on the tour
 	@echo "== JupyterLab on $(TOUR), at 127.0.0.1 only; stop it with Ctrl-C"
-	$(BIN)/jupyter lab $(TOUR) --ServerApp.ip=127.0.0.1 --LabApp.news_url=None $(ALLOW_ROOT) $(LAB_ARGS)
+	$(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" --LabApp.default_url=/lab/tree/$(TOUR) \
+	  --ServerApp.ip=127.0.0.1 --LabApp.news_url=None $(ALLOW_ROOT) $(LAB_ARGS)
 
 test: $(STAMP) ## the fast tests, and every notebook at small size
 	@echo "== fast tests ($(WORKERS) workers)"

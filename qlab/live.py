@@ -193,6 +193,7 @@ class _Curves:
         self.fraction = 0.0
         self.text = "preparing the data and the net"
         self.histogram: Histogram | None = None if before is None else before.histogram
+        self.broken: int | None = None
         self.run: Run | None = None
         self.ended = False
 
@@ -203,8 +204,12 @@ class _Curves:
                 self.rows.setdefault(name, []).append((float(step), float(value)))
         elif kind == "progress":
             self.step, self.epoch, self.fraction, self.text, self.histogram = payload
+        elif kind == "broken":
+            self.broken = payload
         elif kind == "run":
             self.run, self.ended = payload, True
+            if self.broken is not None:
+                _forget_validation(self.run, self.broken)
             self.text = f"step {self.step}, epoch {self.epoch:.1f}"
         else:
             self.ended = True
@@ -217,6 +222,19 @@ class _Curves:
         return Update(self.fraction, self.text, Snapshot(self.step, self.epoch, history, self.histogram, self.run))
 
 
+def _forget_validation(run: Run, step: int) -> None:
+    """Take the values of a validation that was broken off after `step` optimizer steps out of the record."""
+    history = run.history
+    partial = history["metric"].str.startswith("val/") & (history["step"] >= step - 1)  # Lightning counts steps from 0
+    run.history = history[~partial].reset_index(drop=True)
+    for name in history["metric"][partial].unique():
+        values = run.history["value"][run.history["metric"] == name]
+        if len(values):
+            run.metrics[name] = float(values.iloc[-1])
+        else:
+            run.metrics.pop(name, None)
+
+
 def _reporter(inbox: SimpleQueue[tuple[str, Any]], stop: threading.Event, every: float) -> pl.Callback:
     """Return the callback that posts metrics and progress to `inbox` and passes the stop flag on to the trainer."""
     import pytorch_lightning as pl
@@ -224,6 +242,7 @@ def _reporter(inbox: SimpleQueue[tuple[str, Any]], stop: threading.Event, every:
     class Reporter(pl.Callback):
         def __init__(self) -> None:
             self.recorded = self.posted = float("-inf")
+            self.broken: int | None = None
 
         def record(self, trainer: pl.Trainer, prefix: str) -> None:
             """Post the metrics that are new now; older ones still stand among the trainer's."""
@@ -255,16 +274,20 @@ def _reporter(inbox: SimpleQueue[tuple[str, Any]], stop: threading.Event, every:
                 self.record(trainer, "train/")
             self.post(trainer, pl_module)
 
-        def on_validation_batch_start(self, *_: Any) -> None:
-            if stop.is_set():
+        def on_validation_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            last = trainer.current_epoch + 1 == trainer.max_epochs  # of a run that is as good as done
+            if stop.is_set() and not last:
+                if self.broken is None:
+                    self.broken = trainer.global_step
+                    inbox.put(("broken", trainer.global_step))
                 raise StopIteration  # which Lightning's evaluation loop takes for the end of the data
 
         def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            if not stop.is_set():  # a validation broken off has nothing to say
+            if self.broken is None:  # a validation broken off has nothing to say
                 self.record(trainer, "val/")
 
         def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-            if not stop.is_set():  # nor has an epoch broken off
+            if not trainer.should_stop:  # nor has an epoch broken off
                 self.record(trainer, "quant/")
                 self.post(trainer, pl_module)
 

@@ -30,6 +30,7 @@ class Record:
         slot: index of its colour while it is shown, else None.
         phase: "training", "stopping", "stopped", "done" or "failed".
         snapshot: the latest of the training; None before the first.
+        kept: the latest snapshot with a run, to send on or to resume from; None before the first stop or end.
         chance: accuracy of always naming the most frequent class of its data.
     """
 
@@ -39,6 +40,7 @@ class Record:
     phase: str = "training"
     job: Job | None = None
     snapshot: Snapshot | None = None
+    kept: Snapshot | None = None
     chance: float | None = None
 
     def last(self, metric: str) -> float | None:
@@ -129,7 +131,7 @@ def table(records: Sequence[Record]) -> list[dict[str, Any]]:
             "latent": r.last("val/acc_latent"),
             "loss": r.last("train/loss"),
             "flips": r.last("quant/flip_ratio"),
-            "ready": r.snapshot is not None and r.snapshot.run is not None,
+            "ready": r.kept is not None,
         }
         for r, s in zip(records, settings, strict=True)
     ]

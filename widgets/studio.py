@@ -118,7 +118,10 @@ class Studio(anywidget.AnyWidget):
     @property
     def runs(self) -> dict[str, Run]:
         """All runs that have ended or were stopped, by label, oldest first."""
-        return {r.label: r.snapshot.run for r in self._records if r.snapshot is not None and r.snapshot.run is not None}
+        kept = {r.label: r.kept for r in self._records}
+        return {
+            name: snapshot.run for name, snapshot in kept.items() if snapshot is not None and snapshot.run is not None
+        }
 
     def configure(self, **changes: Any) -> None:
         """Change settings: data, net, method, epochs, batch_size, seed, folder, name, guess, hyper.
@@ -150,16 +153,19 @@ class Studio(anywidget.AnyWidget):
             self._refuse_if_busy()
             record = Record(label(len(self._records)), self._settings)
             self._records.append(record)
-            self._show(record)
-            return self._start(record, wait)
+            job = self._start(record)
+        if wait:
+            job.result()
+        return job
 
     def stop(self) -> None:
         """Ask the run that is training to stop; it keeps a checkpoint to resume from."""
-        record = self._active
-        if record is not None and record.phase in _BUSY and record.job is not None:
-            record.phase = "stopping"
-            self._say("Stopping ...")
-            record.job.cancel()
+        with self._lock:
+            record = self._active
+            if record is not None and record.phase == "training" and record.job is not None:
+                record.phase = "stopping"
+                self._say("Stopping ...")
+                record.job.cancel()
 
     def resume(self, *, wait: bool = False) -> Job:
         """Go on with the latest run, which was stopped, bit for bit as if it had not been.
@@ -170,11 +176,13 @@ class Studio(anywidget.AnyWidget):
         with self._lock:
             self._refuse_if_busy()
             record = self._active
-            if record is None or record.phase != "stopped":
+            if record is None or not self._resumable(record):
                 raise InputError("There is no stopped run to resume; press Train.")
-            record.phase = "training"
-            self._show(record)
-            return self._start(record, wait)
+            record.snapshot = record.kept
+            job = self._start(record)
+        if wait:
+            job.result()
+        return job
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until the run has ended, at most `timeout` seconds; returns whether it has."""
@@ -376,18 +384,16 @@ class Studio(anywidget.AnyWidget):
         net = build(settings.net, data.input_shape, data.num_classes, seed=settings.seed)
         return create(settings.method, net, **values)
 
-    def _start(self, record: Record, wait: bool) -> Job:
+    def _start(self, record: Record) -> Job:
         record.phase = "training"
+        self._show(record)
         record.job = Job(lambda: self._work(record), lambda job: self._heard(record, job))
         self._say("Loading PyTorch, the data and the net ...")
         self._publish()
-        record.job.start()
-        if wait:
-            record.job.result()
-        return record.job
+        return record.job.start()
 
     def _work(self, record: Record) -> Generator[Update, None, None]:
-        settings, before = record.settings, record.snapshot
+        settings, before = record.settings, record.kept
 
         def prepare() -> tuple[Any, Any]:
             data = self._load(settings)
@@ -414,21 +420,38 @@ class Studio(anywidget.AnyWidget):
         fresh = job.value is not None and job.value is not record.snapshot
         if job.value is not None:
             record.snapshot = job.value
-        if job.status == "running":
-            if fresh:
+        if job.status != "running":
+            self._ended(record, job)
+        elif fresh:
+            if record.slot is not None:
                 self.live = pack(record)
-                self.caption = self._caption()
-            if fresh or job.text != self.status.get("text"):
-                self._say(job.text, fraction=job.fraction)
-            return
-        resumable = record.snapshot is not None and record.snapshot.run is not None
-        record.phase = {"done": "done", "failed": "failed"}.get(job.status, "stopped" if resumable else "cancelled")
-        self._publish()
-        if job.error is not None:
-            self._complain(job.error)
-        else:
-            words = {"done": "Done", "stopped": "Stopped", "cancelled": "Stopped before the first step"}[record.phase]
-            self._say(f"{words}: {job.text}." if resumable else f"{words}.", fraction=job.fraction)
+            self.caption = self._caption()
+            self._say(job.text, fraction=job.fraction)
+        elif job.text != self._said and record.phase == "training":
+            self._say(job.text)
+
+    def _ended(self, record: Record, job: Job) -> None:
+        with self._lock:  # so that a Stop that comes now finds the run ended
+            if record.snapshot is not None and record.snapshot.run is not None:
+                record.kept = record.snapshot
+            if job.status == "failed":
+                record.phase = "failed"
+            elif record.kept is None or record.kept.run is None:
+                record.phase = "cancelled"
+            else:
+                record.phase = "done" if record.kept.run.completed else "stopped"
+            self._publish()
+            if job.error is not None:
+                self._said = "The run failed."
+                self._complain(job.error)
+            else:
+                where = "" if record.kept is None else f": step {record.kept.step}, epoch {record.kept.epoch:.1f}"
+                words = {"done": "Done", "stopped": "Stopped", "cancelled": "Stopped before the first step"}
+                self._say(f"{words[record.phase]}{where}.", fraction=job.fraction)
+
+    @staticmethod
+    def _resumable(record: Record) -> bool:
+        return record.kept is not None and record.phase in ("stopped", "failed")
 
     # ---- state of the view ----------------------------------------------------------------------------------------------
 
@@ -479,6 +502,7 @@ class Studio(anywidget.AnyWidget):
         record = self._active
         return {
             "phase": "idle" if record is None else record.phase,
+            "resumable": record is not None and self._resumable(record),
             "text": text,
             "fraction": self.status.get("fraction", 0.0) if fraction is None else fraction,
             "at": time.time(),

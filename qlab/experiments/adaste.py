@@ -39,6 +39,7 @@ import qlab
 from qlab.callbacks import FlipRatio
 from qlab.data import DataModule
 from qlab.experiments.base import Experiment, Plan, Scale
+from qlab.experiments.inputs import load_data
 from qlab.experiments.verdict import Difference, Every, Metric, Rule
 from qlab.methods.base import Method
 from qlab.quantizers import hard_sign, layers, quantized_tensors
@@ -75,7 +76,7 @@ def train(settings: dict[str, Any], seed: int) -> dict[str, float]:
             `start` (None, or the absolute value at which every latent starts, with a random sign).
         seed: of the starting net, the latents and the order of the batches.
     """
-    data = qlab.data.load(settings["data"], seed=seed, **settings["data_options"])
+    data = load_data(settings["data"], seed=seed, **settings["data_options"])
     net = qlab.build(settings["net"], data.input_shape, data.num_classes, seed=seed, **settings["net_options"])
     method = qlab.methods.create(settings["method"], net, seed=seed, **settings["options"])
     if settings.get("start") is not None:
@@ -163,7 +164,17 @@ NETS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Size:
-    """How large the runs are: the net, the epochs of arms A and B, the data's options, seeds, one thread per run or all."""
+    """How large the runs are.
+
+    Args:
+        net: a name of `NETS`.
+        epochs_a: of the arms that test the claim.
+        epochs_b: of the arms of the accuracy table.
+        seeds: how many by default.
+        parallel: runs side by side.
+        options: of AdaSTE in the arms B, where the authors' own differ from its defaults.
+        data_options: besides batch size and validation part.
+    """
 
     net: str
     epochs_a: int
@@ -173,6 +184,7 @@ class Size:
     seeds: int = 3
     parallel: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
+    data_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 SIZES: dict[tuple[str, Scale], Size] = {
@@ -189,10 +201,12 @@ SIZES: dict[tuple[str, Scale], Size] = {
     ("cifar100", "workstation"): Size("resnet20", 10, 100, seeds=3, parallel=False),
     # The authors' momentum for CIFAR-100 is 0, its epochs 500.
     ("cifar100", "paper"): Size("resnet18", 30, 500, seeds=5, parallel=False, options={"momentum": 0.0}),
-    ("image_folder", "laptop"): Size("lenet", 3, 3),
-    ("image_folder", "workstation"): Size("resnet20", 10, 100, seeds=3, parallel=False),
+    ("image_folder", "laptop"): Size("lenet", 3, 3, data_options={"size": 32}),
+    ("image_folder", "workstation"): Size("resnet20", 10, 100, parallel=False, data_options={"size": 32}),
     # The authors' rate for TinyImageNet: after 700 epochs mu is 5.3, and mu alpha never reaches 1.
-    ("image_folder", "paper"): Size("resnet18", 30, 700, seeds=5, parallel=False, options={"mu_rate": 1.009}),
+    ("image_folder", "paper"): Size(
+        "resnet18", 30, 700, seeds=5, parallel=False, options={"mu_rate": 1.009}, data_options={"size": 64}
+    ),
 }
 
 
@@ -202,7 +216,7 @@ def plan(scale: Scale, data: str) -> Plan:
     net, net_options = NETS[size.net]
     common = {
         "data": data,
-        "data_options": {"batch_size": size.batch_size, "val_fraction": size.val_fraction},
+        "data_options": {"batch_size": size.batch_size, "val_fraction": size.val_fraction, **size.data_options},
         "net": net,
         # The convention of the paper: batch norm without scale and shift after every layer, the logits included.
         "net_options": {**net_options, "affine": False, "final_norm": True},

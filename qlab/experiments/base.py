@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -16,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import pandas as pd
-import pooch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from qlab.data.sources import cache_folder
 from qlab.errors import InputError, UnknownNameError
 from qlab.experiments.cells import (
     Cell,
@@ -30,6 +29,7 @@ from qlab.experiments.cells import (
     source_digest,
     write_atomic,
 )
+from qlab.experiments.inputs import data_digest
 from qlab.experiments.verdict import Evidence, Metric, Rule
 from qlab.experiments.verdict import Outcome as Verdict
 from qlab.provenance import available_cores, device_name, versions
@@ -37,7 +37,7 @@ from qlab.provenance import available_cores, device_name, versions
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Experiment", "Plan", "Result", "Scale", "cache_folder"]
+__all__ = ["Experiment", "Plan", "Result", "Scale"]
 
 Scale: TypeAlias = Literal["laptop", "workstation", "paper"]
 
@@ -204,6 +204,7 @@ class Experiment:
         Raises:
             InputError: for a scale, seeds or workers that make no sense.
             UnknownNameError: for a data set that the experiment does not accept.
+            DataNotFoundError, DataFileError: for one that cannot be had, or is damaged.
             KeyboardInterrupt: when interrupted; finished cells are kept and not run again by the next call.
         """
         if scale not in get_args(Scale):
@@ -225,6 +226,7 @@ class Experiment:
             "function": f"{self.function.__module__}:{self.function.__qualname__}",
             "versions": numbers,
             "device": device,
+            "data": data_digest(name),  # fetches the set, so that no two workers do and a missing file is one error
             "code": source_digest((self.function.__module__, *self.code)),
         }
         root = (Path(cache).expanduser() if cache is not None else cache_folder()) / "experiments" / self.name
@@ -296,12 +298,6 @@ class Experiment:
         if kept:
             console.print(f"{kept} of {len(cells)} runs were kept from before in {store.root}", soft_wrap=True)
         return outcomes
-
-
-def cache_folder() -> Path:
-    """Return the folder for things that can be computed again: `QLAB_CACHE`, else the platform's cache folder."""
-    given = os.environ.get("QLAB_CACHE")
-    return Path(given).expanduser() if given else Path(pooch.os_cache("qlab"))
 
 
 def _seeds(seeds: int | Sequence[int]) -> tuple[int, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
+
+from qlab.plots.figure import Figure
 
 if TYPE_CHECKING:
     from qlab.experiments.base import Result

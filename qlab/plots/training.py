@@ -18,9 +18,9 @@ from qlab.live import WIDE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from qlab.live import Histogram
+    from qlab.plots.figure import Figure
 
 __all__ = ["COLOURS", "curves", "history_figure", "history_text"]
 
@@ -68,7 +68,7 @@ def history_figure(
     Raises:
         InputError: for more runs than can be told apart, or labels that do not match.
     """
-    from matplotlib.figure import Figure
+    from qlab.plots.figure import Figure
 
     labels = _labels(runs, labels)
     if histograms is None:
@@ -100,6 +100,7 @@ def history_figure(
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=8)
+    figure.set_label(history_text(runs, labels))
     return figure
 
 

@@ -131,6 +131,7 @@ def quantize(
     if activations is not None:
         for name in _places(net, kept):
             quantizer = _made(activations, "activations")
+            quantizer.init(torch.empty(0), generator)
             net.set_submodule(name, quantizer.train(net.get_submodule(name).training))
     return net
 

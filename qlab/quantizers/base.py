@@ -87,7 +87,10 @@ class Quantizer(nn.Module, ABC):
                 self.get_buffer(name).fill_(value)
 
     def init(self, latent: Tensor, generator: torch.Generator) -> Tensor:
-        """Return the latent tensor that training starts from, of the shape of `latent`; the net's own by default."""
+        """Return the latent tensor that training starts from, of the shape of `latent`; the net's own by default.
+
+        An activation has no latent tensor: its quantizer gets an empty one.
+        """
         return latent
 
     def resample(self, generator: torch.Generator) -> None:

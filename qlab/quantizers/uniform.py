@@ -61,7 +61,7 @@ class Uniform(Quantizer):
             it; activations need a number.
 
     Raises:
-        InputError: for bits or a limit out of range; in `forward`, where no range was given or taken.
+        InputError: for bits or a limit out of range; for an activation without a limit.
     """
 
     limit: Tensor
@@ -79,7 +79,6 @@ class Uniform(Quantizer):
         self.high = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
         self.low = -self.high if signed else 0
         self.fixed = limit is not None
-        self.ranged = self.fixed
         self.register_buffer("limit", torch.tensor(1.0 if limit is None else float(limit), dtype=torch.float64))
 
     def _step(self, dtype: torch.dtype) -> Tensor:
@@ -87,8 +86,6 @@ class Uniform(Quantizer):
 
     def forward(self, latent: Tensor) -> Tensor:
         """Return the nearest levels, of the shape of `latent`."""
-        if not self.ranged:
-            raise InputError("this quantizer has no range: give Uniform(limit=...), which activations need")
         step = self._step(latent.dtype)
         # The highest level may round to just below the limit, on which the largest weight of a tensor stands exactly.
         end = torch.maximum(self.limit.to(latent.dtype), self.high * step)
@@ -102,9 +99,10 @@ class Uniform(Quantizer):
     def init(self, latent: Tensor, generator: torch.Generator) -> Tensor:
         """Take the range from the tensor unless it was given."""
         if not self.fixed:
+            if latent.numel() == 0:
+                raise InputError("an activation has no weight to take its range from: give Uniform(limit=...)")
             largest = latent.detach().abs().max()
             self.limit.copy_(torch.where(largest > 0, largest, torch.ones_like(largest)))
-            self.ranged = True
         return latent
 
     def extra_repr(self) -> str:

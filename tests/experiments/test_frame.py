@@ -14,14 +14,17 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-import fake_cells
+import numpy as np
 import pytest
+from PIL import Image
 
-from qlab.errors import InputError, UnknownNameError
+from qlab.errors import DataNotFoundError, InputError, UnknownNameError
 from qlab.experiments import EXPERIMENTS
-from qlab.experiments.base import Experiment, Plan, Result, cache_folder
+from qlab.experiments.base import Experiment, Plan, Result
 from qlab.experiments.cells import Cell, CellFunction, Store, run_cells, source_digest, write_atomic
+from qlab.experiments.inputs import data_digest, load_data
 from qlab.experiments.verdict import Difference, Every, Metric, Rule
+from tests.experiments import fake_cells
 
 ACC = Metric("test/acc", "test accuracy", "%", 100)
 FLIPS = Metric("flips", "sign changes", digits=0)
@@ -239,8 +242,8 @@ def test_ctrl_c_ends_workers_and_keeps_what_is_done(tmp_path: Path) -> None:
     script.write_text(
         textwrap.dedent("""
             import sys
-            sys.path.insert(0, {folder!r})
-            import fake_cells
+            sys.path.insert(0, {root!r})
+            from tests.experiments import fake_cells
             from qlab.experiments.base import Experiment, Plan
             from qlab.experiments.verdict import Rule
 
@@ -248,7 +251,7 @@ def test_ctrl_c_ends_workers_and_keeps_what_is_done(tmp_path: Path) -> None:
                 arms = {{"quick": {{"mean": 0.9}}, "endless": {{"mean": 0.9, "endless": True}}}}
                 fake = Experiment("fake", "", "", Rule(()), (), fake_cells.never_ends, lambda s, d: Plan(arms), ("digits",))
                 fake.run(seeds=1, workers=2)
-        """).format(folder=str(Path(__file__).parent))
+        """).format(root=str(Path(__file__).parents[2]))
     )
     process = subprocess.Popen(
         [sys.executable, str(script)],
@@ -356,8 +359,35 @@ def test_source_digest_follows_the_source(tmp_path: Path, monkeypatch: pytest.Mo
         source_digest(["digested_not"])
 
 
-def test_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("QLAB_CACHE", str(tmp_path))
-    assert cache_folder() == tmp_path
-    monkeypatch.delenv("QLAB_CACHE")
-    assert cache_folder().name == "qlab"
+def pictures(folder: Path, brightness: int = 0) -> None:
+    """Two classes of twenty pictures each in folder/image_folder."""
+    draws = np.random.default_rng(0)
+    for name in ("dark", "light"):
+        (folder / "image_folder" / name).mkdir(parents=True, exist_ok=True)
+        for i in range(20):
+            pixels = draws.integers(0, 200, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels + np.uint8(brightness if i == 7 else 0)).save(
+                folder / "image_folder" / name / f"{i}.png"
+            )
+
+
+def test_changed_pictures_are_other_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QLAB_DATA", str(tmp_path))
+    pictures(tmp_path)
+    before = data_digest("image_folder")
+    assert data_digest("image_folder") == before
+    pictures(tmp_path, brightness=50)
+    assert data_digest("image_folder") != before
+
+
+def test_missing_data_is_one_error_before_any_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("QLAB_DATA", raising=False)
+    fake = dataclasses.replace(experiment(marks=str(tmp_path)), data=("image_folder",))
+    with pytest.raises(DataNotFoundError, match="image_folder in QLAB_DATA"):
+        fake.run(progress=False)
+    assert not list(tmp_path.glob("0.9-*"))
+
+
+def test_data_sets_are_loaded_by_name_and_names_of_other_inputs_pass() -> None:
+    assert load_data("digits", batch_size=7).batch_size == 7
+    assert data_digest("a problem that is no data set") == ""

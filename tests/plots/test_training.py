@@ -60,7 +60,9 @@ def test_a_run_without_history_says_so() -> None:
 
 def test_a_tidy_frame_becomes_curves() -> None:
     class Run:
-        history = pd.DataFrame({"step": [1, 2, 2], "epoch": [0, 0, 0], "metric": ["a", "a", "b"], "value": [0.5, 0.25, 3.0]})
+        history = pd.DataFrame(
+            {"step": [1, 2, 2], "epoch": [0, 0, 0], "metric": ["a", "a", "b"], "value": [0.5, 0.25, 3.0]}
+        )
 
     found = curves(Run())
     assert list(found) == ["a", "b"]

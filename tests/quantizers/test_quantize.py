@@ -56,7 +56,7 @@ def test_every_weight_lies_on_its_levels_and_its_latent_is_the_old_weight(plain,
 
 
 def test_every_place_has_a_quantizer_of_its_own(plain):
-    net = quantize(plain, lambda: Uniform(4), lambda: Uniform(3, signed=False))
+    net = quantize(plain, lambda: Uniform(4), lambda: Uniform(3, signed=False, limit=4.0))
     found = list(quantizers(net))
     assert len(found) == len({id(q) for q in found})
     assert len({q.limit.data_ptr() for q in found}) == len(found)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlab.errors import InputError
-from qlab.quantizers import Uniform
+from qlab.quantizers import Uniform, quantize
 
 limits = st.floats(1e-3, 1e3)
 grids = st.tuples(st.integers(2, 8), st.booleans(), limits)
@@ -181,6 +181,7 @@ def test_ties_round_to_even():
     assert quantizer(x).tolist() == [-2, -2, 0, 0, 2, 2]
 
 
-def test_range_that_was_never_given_is_said() -> None:
-    with pytest.raises(InputError, match="no range"):
-        Uniform(bits=4, signed=False)(torch.ones(3))
+def test_activation_without_a_range_is_said() -> None:
+    net = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(2, 2))
+    with pytest.raises(InputError, match=r"give Uniform\(limit"):
+        quantize(net, activations=lambda: Uniform(bits=4, signed=False))

@@ -166,7 +166,7 @@ class View {
   }
 
   paintStatus() {
-    const { phase, text, fraction, error, detail, looking, about } = this.model.get("status");
+    const { phase, text, fraction, error, detail, looking, about, resumable } = this.model.get("status");
     const busy = BUSY.has(phase);
     if (this.node.dataset.phase !== phase) this.spoken.textContent = text;
     this.node.dataset.phase = phase;
@@ -175,7 +175,7 @@ class View {
     this.progress.value = fraction ?? 0;
     this.train.disabled = busy;
     this.stop.disabled = phase !== "training";
-    this.resume.disabled = phase !== "stopped";
+    this.resume.disabled = !resumable;
     const sent = about === "send"; // answered next to the button
     this.runs.say(sent ? error || text : "", sent && Boolean(error));
     this.alert.hidden = !error || sent;

@@ -373,8 +373,8 @@ class AdaSTE(Method):
         """Return S = N^2 with N = 10 times the number of training samples: the authors' code multiplies by N twice."""
         trainer = self._trainer
         data = getattr(trainer, "datamodule", None)
-        if data is not None and hasattr(data, "split"):
-            return (10.0 * len(data.split("train").y)) ** 2
+        if data is not None and hasattr(data, "num_samples"):
+            return (10.0 * data.num_samples("train")) ** 2
         dataset = getattr(getattr(trainer, "train_dataloader", None), "dataset", None)
         if dataset is None:
             raise InputError(

@@ -1,0 +1,113 @@
+"""Make what is generated in this project's documents. Run it from anywhere:
+
+    python docs/make.py tables       README.md and docs/methods.md: the tables of methods and papers, from the catalog
+    python docs/make.py picture      docs/tour.png: three real training runs
+    python docs/make.py notebooks    run every notebook and store it with its outputs, without widget state
+
+tests/test_readme.py and tests/test_notebooks.py fail where something here has not been run after a change.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = """\
+# Methods and papers
+
+Generated from `qlab/methods/catalog.py` by `python docs/make.py tables`. `qlab describe NAME` shows a method's options with
+types and defaults; the module docstring of its file holds equations, source and deviations.
+
+## Methods
+
+<!-- methods:begin -->
+<!-- methods:end -->
+
+## The 20 papers
+
+"runs": a method of the paper can be trained and is covered by the contract tests. "planned": not yet.
+
+<!-- papers:begin -->
+<!-- papers:end -->
+"""
+
+
+def filled(text: str) -> str:
+    """Return a document with the tables between its markers made anew from the catalog.
+
+    Raises:
+        ValueError: for a document without the markers.
+    """
+    from qlab.methods.catalog import methods_table, papers_table
+
+    for name, table in (("methods", methods_table()), ("papers", papers_table())):
+        begin, end = f"<!-- {name}:begin -->\n", f"<!-- {name}:end -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(f"the document must have one pair of markers {begin.strip()} and {end}")
+        head, rest = text.split(begin)
+        text = head + begin + table + "\n" + end + rest.split(end)[1]
+    return text
+
+
+def documents() -> dict[Path, str]:
+    """Return every document with tables, as it should be."""
+    readme = ROOT / "README.md"
+    return {readme: filled(readme.read_text(encoding="utf-8")), ROOT / "docs" / "methods.md": filled(METHODS)}
+
+
+def tables() -> None:
+    """Write the tables."""
+    for path, text in documents().items():
+        path.write_text(text, encoding="utf-8")
+        print(path)
+
+
+def picture() -> None:
+    """Train three methods on digits and draw their runs."""
+    import qlab
+
+    names = ("full_precision", "ste", "adaste")
+    runs = [qlab.fit(name, "digits", epochs=20, progress=False) for name in names]
+    path = ROOT / "docs" / "tour.png"
+    figure = qlab.plots.history_figure(runs, names, chance=0.1)
+    figure.savefig(path, dpi=100)
+    print(path, figure.get_label(), sep="\n")
+
+
+def notebooks() -> None:
+    """Run every notebook in a fresh kernel and store it as it is committed: executed, pictures static, no widget state."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        client = NotebookClient(
+            notebook,
+            timeout=900,
+            kernel_name="python3",
+            resources={"metadata": {"path": str(path.parent)}},
+            store_widget_state=False,  # megabytes that a reader without this kernel cannot use
+            record_timing=False,
+        )
+        begun = time.perf_counter()
+        client.execute()
+        notebook.metadata = {
+            "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
+        for output in (o for cell in notebook.cells for o in cell.get("outputs", ())):
+            # Without state the live view is an empty box, and Jupyter would show it in preference to the picture.
+            output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+        nbformat.write(notebook, path)
+        print(f"{path}  {path.stat().st_size / 1024:.0f} KB, {time.perf_counter() - begun:.0f} s")
+
+
+if __name__ == "__main__":
+    makers = {maker.__name__: maker for maker in (tables, picture, notebooks)}
+    wanted = sys.argv[1:]
+    if not wanted or any(name not in makers for name in wanted):
+        sys.exit(__doc__)
+    for name in wanted:
+        makers[name]()
