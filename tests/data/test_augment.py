@@ -64,7 +64,7 @@ def test_cutout_erases_the_square_that_the_reference_erases(shape, size):
 
 
 def test_moves_reach_every_offset_and_mirror_half_of_the_pictures():
-    # A picture with one bright pixel in its middle shows where it was moved to, one with a bright left half whether it was mirrored.
+    # One bright pixel in the middle shows where a picture was moved to, a bright left half whether it was mirrored.
     dot = torch.zeros(4000, 1, 7, 7, dtype=torch.uint8)
     dot[:, :, 3, 3] = 255
     moved = Augmentation(padding=2, mirror=False).move(dot, generator("test", 0))

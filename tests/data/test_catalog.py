@@ -104,7 +104,12 @@ def test_an_option_out_of_range_is_refused_at_once(options, message):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"n": 3}, "n must"), ({"noise": -1.0}, "noise"), ({"noise": float("inf")}, "noise"), ({"augment": True}, "no augment")],
+    [
+        ({"n": 3}, "n must"),
+        ({"noise": -1.0}, "noise"),
+        ({"noise": float("inf")}, "noise"),
+        ({"augment": True}, "no augment"),
+    ],
 )
 def test_planar_options_out_of_range_are_refused_at_once(options, message):
     with pytest.raises(InputError, match=message):

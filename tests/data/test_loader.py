@@ -47,7 +47,11 @@ def test_inputs_and_labels_stay_together_and_rows_choose_the_samples():
     rows = torch.tensor([3, 9, 10, 20])
     for x, y in loader(rows=rows, shuffle=True, batch_size=3):
         assert x[:, 0].tolist() == y.tolist()
-    assert sorted(flat(epoch_of(loader(rows=rows, shuffle=True, batch_size=3), 0))) in ([3, 9, 10, 20], [3, 9, 10], [3, 9, 20])
+    assert sorted(flat(epoch_of(loader(rows=rows, shuffle=True, batch_size=3), 0))) in (
+        [3, 9, 10, 20],
+        [3, 9, 10],
+        [3, 9, 20],
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,7 +99,13 @@ def test_processes_augment_differently():
     x = torch.arange(4 * 64, dtype=torch.uint8).view(4, 1, 8, 8)
     same = Split(x[:1].expand(4, -1, -1, -1), torch.zeros(4, dtype=torch.int64))
     batches = [
-        next(iter(BatchLoader(same, None, lambda x: x, batch_size=2, shuffle=True, augment=Augmentation(), rank=r, world_size=2)))[0]
+        next(
+            iter(
+                BatchLoader(
+                    same, None, lambda x: x, batch_size=2, shuffle=True, augment=Augmentation(), rank=r, world_size=2
+                )
+            )
+        )[0]
         for r in range(2)
     ]
     assert not torch.equal(*batches)
