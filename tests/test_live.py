@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import threading
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
 import pytest
+import pytorch_lightning as pl
 import torch
 
 import qlab
 from qlab.errors import InputError
 from qlab.jobs import Job
-from qlab.live import Snapshot, training, weight_histogram
+from qlab.live import Snapshot, _forget_validation, _reporter, training, weight_histogram
 
 LONG = 120.0
 
@@ -82,7 +84,7 @@ def test_training_ends_with_a_completed_run_and_all_curves() -> None:
     assert snapshot.run is not None
     assert snapshot.run.completed
     assert snapshot.epoch == 3.0
-    steps, accuracy = snapshot.history["val/acc"]
+    steps, _ = snapshot.history["val/acc"]
     assert len(steps) == 3
     assert steps[-1] == snapshot.step
     for metric in ("train/loss", "val/loss", "val/acc_latent", "quant/flip_ratio"):
@@ -141,6 +143,40 @@ def test_a_stopped_run_resumes_to_the_bits_of_an_uninterrupted_one() -> None:
     steps, _ = resumed.history["train/loss"]
     assert (np.diff(steps) >= 0).all()
     assert steps[0] == partial.history["train/loss"][0][0]
+
+
+def test_a_validation_broken_off_by_a_stop_leaves_no_value() -> None:
+    method, _ = make()
+    data = qlab.data.load("two_moons", batch_size=16)  # several validation batches
+    stop = threading.Event()
+    inbox: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+    seen: list[int] = []
+
+    class StopInSecondValidation(pl.Callback):
+        def on_validation_batch_start(
+            self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int, *_: Any
+        ) -> None:
+            if trainer.current_epoch == 1:
+                seen.append(batch_idx)
+                if batch_idx == 2:
+                    stop.set()
+
+    callbacks = [StopInSecondValidation(), _reporter(inbox, stop, 0.0)]
+    run = qlab.fit(method, data, epochs=5, callbacks=callbacks, progress=False)
+    assert not run.completed
+    assert seen == [0, 1, 2]
+    posted = [inbox.get() for _ in range(inbox.qsize())]
+    (step,) = [payload for kind, payload in posted if kind == "broken"]
+    recorded = [payload[1] for kind, payload in posted if kind == "metrics"]
+    measured = [metrics["val/acc"] for metrics in recorded if "val/acc" in metrics]
+    assert len(measured) == 1
+    before = run.history
+    _forget_validation(run, step)
+    kept = run.history[run.history["metric"] == "val/acc"]["value"].tolist()
+    assert kept == pytest.approx(measured)
+    assert run.metrics["val/acc"] == pytest.approx(measured[0])
+    assert len(before[before["metric"] == "val/acc"]) == 2
+    assert (before["metric"] == "train/loss").sum() == (run.history["metric"] == "train/loss").sum()
 
 
 def test_closing_the_generator_stops_the_training_thread() -> None:

@@ -71,8 +71,8 @@ class Studio(anywidget.AnyWidget):
     preview = traitlets.Dict().tag(sync=True)
     status = traitlets.Dict().tag(sync=True)
     live = traitlets.Dict().tag(sync=True)
-    shown = traitlets.List().tag(sync=True)
-    rows = traitlets.List().tag(sync=True)
+    shown: traitlets.List[Any] = traitlets.List().tag(sync=True)
+    rows: traitlets.List[Any] = traitlets.List().tag(sync=True)
     caption = traitlets.Unicode().tag(sync=True)
 
     def __init__(
@@ -90,7 +90,8 @@ class Studio(anywidget.AnyWidget):
     ) -> None:
         if net is None:
             net = DATA[data].net
-        self._settings = Settings(data, net, method, dict(hyper), epochs, batch_size, seed)
+        hyper = {k: ", ".join(map(str, v)) if isinstance(v, (list, tuple)) else v for k, v in hyper.items()}
+        self._settings = Settings(data, net, method, hyper, epochs, batch_size, seed)
         self._namespace = namespace
         self._root = None if root is None else pathlib.Path(root)
         self._records: list[Record] = []
@@ -224,9 +225,9 @@ class Studio(anywidget.AnyWidget):
         if not runs:
             raise InputError("There is no trained run to send yet; press Train.")
         chosen = list(runs)[-1] if run is None else run
-        if chosen not in runs:
+        if not isinstance(chosen, str) or chosen not in runs:
             raise InputError(
-                f"Run {chosen!r} has not been trained to an end or a stop; choose one of {', '.join(runs)}."
+                f"Run {chosen!r:.20} has not been trained to an end or a stop; choose one of {', '.join(runs)}."
             )
         namespace = _notebook() if self._namespace is None else self._namespace
         if namespace is None:
@@ -305,7 +306,7 @@ class Studio(anywidget.AnyWidget):
                 self.look()
             elif kind != "settings":
                 raise InputError(f"the view sent an unknown message {kind!r:.40}.")
-        except QlabError as error:
+        except Exception as error:
             self._complain(error, about=kind if isinstance(kind, str) else "")
 
     # ---- work -----------------------------------------------------------------------------------------------------------

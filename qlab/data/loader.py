@@ -6,7 +6,8 @@ uninterrupted run would have seen next.
 
 Lightning (2.6) meets it at three places. It calls `loader.sampler.set_epoch(epoch)` at the start of each epoch, so `sampler` is
 the loader itself. It creates the iterator of the first epoch before that call, so `__iter__` is a generator, which reads the
-epoch when the first batch is asked for. And it stores `state_dict()` in every checkpoint.
+epoch when the first batch is asked for. And it stores `state_dict()` in every checkpoint. To continue within an epoch, the
+checkpoint must be saved in `on_train_batch_end`: once `fit` has returned, Lightning counts an epoch that was stopped as done.
 """
 
 from __future__ import annotations

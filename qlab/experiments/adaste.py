@@ -46,16 +46,16 @@ from qlab.quantizers import hard_sign, layers, quantized_tensors
 
 __all__ = ["EXPERIMENT", "plan", "train"]
 
-ACCURACY = Metric("test/acc", "deployed test accuracy", "%", 100)
-CHANGED = Metric("quant/changed", "signs changed since the start", "%", 100)
+ACCURACY = Metric("test/acc", "deployed accuracy", "%", 100)
+CHANGED = Metric("quant/changed", "signs changed", "%", 100)
 METRICS = (
     ACCURACY,
     CHANGED,
     Metric("quant/median_latent", "median |theta|", log=True),
-    Metric("test/acc_latent", "test accuracy before re-estimation", "%", 100),
-    Metric("quant/flip_ratio", "flips in the last epoch", "%", 100, digits=2),
-    Metric("quant/large_gradient", "entries with |l'| > 1e-3", "%", 100),
-    Metric("quant/zero_slope", "entries with zero slope", "%", 100),
+    Metric("test/acc_latent", "accuracy before re-estimation", "%", 100),
+    Metric("quant/flip_ratio", "flips, last epoch", "%", 100, digits=2),
+    Metric("quant/large_gradient", "|l'| > 1e-3", "%", 100),
+    Metric("quant/zero_slope", "zero slope", "%", 100),
 )
 
 LARGE_GRADIENT = 1e-3  # the dead zone of the authors' code

@@ -45,7 +45,7 @@ def data_digest(name: str) -> str:
     data = load_data(name, **({"size": 32} if name == "image_folder" else {}))
     data.prepare_data()
     data.setup()
-    digest = hashlib.sha256(repr((data.class_names, data.input_shape, data.size("train"))).encode())
+    digest = hashlib.sha256(repr((data.class_names, data.input_shape, data.num_samples("train"))).encode())
     for statistic in (data.mean, data.std):
         digest.update(statistic.numpy().tobytes())
     for x, y in data.test_dataloader():

@@ -94,7 +94,8 @@ def history_figure(
     loss.set(title="Loss", xlabel="step")
     flips.set(title="Share of weights that changed sign, per epoch", xlabel="step")
     weights.set(title="Latent weights; deployed levels dotted", xlabel="value", ylabel="share")
-    if any((curves(run).get("quant/flip_ratio", ((), np.zeros(0)))[1] > 0).any() for run in runs):
+    flip_ratios = [curves(run)["quant/flip_ratio"][1] for run in runs if "quant/flip_ratio" in curves(run)]
+    if any((values > 0).any() for values in flip_ratios):
         flips.set_yscale("log")
     for axes in (accuracy, loss, flips, weights):
         axes.spines[["top", "right"]].set_visible(False)

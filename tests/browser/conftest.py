@@ -40,6 +40,17 @@ class Lab:
     url: str
     token: str
     root: pathlib.Path
+    config: pathlib.Path
+
+    def set_theme(self, theme: str) -> None:
+        """Let pages opened from now on be "light" or "dark", without JupyterLab's question about news."""
+        self._setting("themes", {"theme": f"JupyterLab {theme.title()}"})
+        self._setting("notification", {"fetchNews": "false", "checkForUpdates": False})
+
+    def _setting(self, name: str, values: dict[str, Any]) -> None:
+        folder = self.config / "lab" / "user-settings" / "@jupyterlab" / "apputils-extension"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.jupyterlab-settings").write_text(json.dumps(values))
 
     def notebook(self, name: str) -> str:
         """Return the address of a notebook below the root, alone in a fresh workspace."""
@@ -50,9 +61,10 @@ class Lab:
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     pytest.importorskip("jupyterlab")
     root = tmp_path_factory.mktemp("lab")
+    config = tmp_path_factory.mktemp("config")
     token = secrets.token_hex(16)
     environment = os.environ | {
-        "JUPYTER_CONFIG_DIR": str(tmp_path_factory.mktemp("config")),
+        "JUPYTER_CONFIG_DIR": str(config),
         "JUPYTER_RUNTIME_DIR": str(tmp_path_factory.mktemp("runtime")),
         "IPYTHONDIR": str(tmp_path_factory.mktemp("ipython")),
         "OMP_NUM_THREADS": "1",
@@ -65,7 +77,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     reader = threading.Thread(target=lambda: [lines.put(line) for line in process.stderr], daemon=True)  # type: ignore[union-attr]
     reader.start()
     try:
-        yield Lab(_address(process, lines), token, root)
+        running = Lab(_address(process, lines), token, root, config)
+        running.set_theme("light")
+        yield running
     finally:
         process.terminate()
         process.wait(30)
@@ -102,14 +116,16 @@ def chromium() -> Iterator[Any]:
 
 
 @pytest.fixture(params=["light", "dark"])
-def theme(request: pytest.FixtureRequest) -> str:
-    return request.param
+def theme(request: pytest.FixtureRequest, lab: Lab) -> Iterator[str]:
+    lab.set_theme(request.param)
+    yield request.param
+    lab.set_theme("light")
 
 
 @pytest.fixture
 def page(chromium: Any) -> Iterator[Any]:
-    """A fresh page of 1000 pixels' width that fails the test on an error in the JavaScript console of ours."""
-    page = chromium.new_page(viewport={"width": 1000, "height": 1100})
+    """A fresh page 1000 pixels wide; an error that its JavaScript throws fails the test."""
+    page = chromium.new_page(viewport={"width": 1000, "height": 1500})
     page.set_default_timeout(60_000)
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))

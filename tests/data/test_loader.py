@@ -1,6 +1,7 @@
 """`BatchLoader`: order, slices, augmentation, and a state from which a run continues exactly."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from qlab.data import Augmentation, BatchLoader, DataModule, Split
+from qlab.data import Augmentation, BatchLoader, DataModule, Split, base
 from qlab.errors import CheckpointError, InputError
 
 
@@ -98,16 +99,12 @@ def test_more_processes_than_samples_are_refused():
 def test_processes_augment_differently():
     x = torch.arange(4 * 64, dtype=torch.uint8).view(4, 1, 8, 8)
     same = Split(x[:1].expand(4, -1, -1, -1), torch.zeros(4, dtype=torch.int64))
-    batches = [
-        next(
-            iter(
-                BatchLoader(
-                    same, None, lambda x: x, batch_size=2, shuffle=True, augment=Augmentation(), rank=r, world_size=2
-                )
-            )
-        )[0]
-        for r in range(2)
-    ]
+    batches = []
+    for rank in range(2):
+        ours = BatchLoader(
+            same, None, lambda x: x, batch_size=2, shuffle=True, augment=Augmentation(), rank=rank, world_size=2
+        )
+        batches.append(next(iter(ours))[0])
     assert not torch.equal(*batches)
 
 
@@ -179,6 +176,51 @@ def test_a_training_batch_is_the_augmented_and_normalised_slice():
         assert sum(np.array_equal(picture.numpy(), window) for window in windows) >= 1
 
 
+# ---- devices and processes
+
+
+def trainer(device="cpu", rank=0, world_size=1):
+    """What a data module asks a trainer for."""
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    return SimpleNamespace(strategy=strategy, global_rank=rank, world_size=world_size)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_batches_come_out_on_the_device_of_the_trainer(monkeypatch, fits):
+    # The meta device stands for an accelerator: an operation that mixes it with the CPU is an error there too.
+    monkeypatch.setattr(base, "_fits", lambda device, x: fits)
+    data = images()
+    data.trainer = trainer("meta")
+    batches = data.train_dataloader()
+    assert batches.split.x.device.type == ("meta" if fits else "cpu")
+    assert data.val_dataloader().split is batches.split, "train and val share one copy of the set"
+    for x, y in (next(iter(batches)), next(iter(data.test_dataloader()))):
+        assert x.device.type == y.device.type == "meta"
+        assert (x.shape, x.dtype, y.dtype) == ((10, 3, 4, 4), torch.float32, torch.int64)
+    assert data.calibration(1)[0].device.type == "meta"
+    assert data.split("train").x.device.type == "cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_batches_on_a_gpu_are_those_of_the_cpu():
+    here, there = images(), images()
+    there.trainer = trainer("cuda:0")
+    for (x1, y1), (x2, y2) in zip(here.train_dataloader(), there.train_dataloader(), strict=True):
+        torch.testing.assert_close(x2.cpu(), x1)
+        assert torch.equal(y2.cpu(), y1)
+
+
+def test_each_process_of_a_trainer_gets_its_own_slice():
+    whole = flat(y.tolist() for _, y in images().train_dataloader())
+    parts = []
+    for rank in range(2):
+        data = images()
+        data.trainer = trainer(rank=rank, world_size=2)
+        parts.append(flat(y.tolist() for _, y in data.train_dataloader()))
+    assert parts == [whole[0::2], whole[1::2]]
+
+
 # ---- with Lightning's own Trainer
 
 
@@ -228,7 +270,7 @@ def images(**options):
 
 def fit(epochs, callbacks=(), resume=None, data=None, **options):
     net = Net()
-    trainer = pl.Trainer(
+    run = pl.Trainer(
         max_epochs=epochs,
         accelerator="cpu",
         logger=False,
@@ -238,8 +280,8 @@ def fit(epochs, callbacks=(), resume=None, data=None, **options):
         callbacks=list(callbacks),
         **options,
     )
-    trainer.fit(net, data or images(), ckpt_path=resume, weights_only=True)
-    return net, trainer
+    run.fit(net, data or images(), ckpt_path=resume, weights_only=True)
+    return net, run
 
 
 def parameters(net):
@@ -251,7 +293,7 @@ def test_the_trainer_draws_a_new_permutation_in_every_epoch():
     assert [epoch for epoch, *_ in net.seen] == [0] * 6 + [1] * 6 + [2] * 6
     labels = ["".join(map(str, flat(y for e, _, y in net.seen if e == epoch))) for epoch in range(3)]
     assert len(set(labels)) == 3
-    assert len({sorted_labels for sorted_labels in ("".join(sorted(text)) for text in labels)}) == 1
+    assert len({"".join(sorted(text)) for text in labels}) == 1
 
 
 @pytest.mark.parametrize("step", [1, 4, 6, 8, 12, 13, 17])
@@ -271,8 +313,8 @@ def test_a_run_stopped_at_any_step_and_resumed_ends_with_the_same_bits(tmp_path,
 def test_a_run_resumed_from_the_end_of_an_epoch_ends_with_the_same_bits(tmp_path):
     path = tmp_path / "epoch.ckpt"
     whole, _ = fit(3)
-    _, trainer = fit(1)
-    trainer.save_checkpoint(path)
+    _, run = fit(1)
+    run.save_checkpoint(path)
     resumed, _ = fit(3, resume=path)
     assert torch.equal(parameters(resumed), parameters(whole))
     assert resumed.seen == whole.seen[6:]
@@ -290,9 +332,9 @@ def test_resuming_with_another_batch_size_is_one_clear_error(tmp_path):
 @pytest.mark.filterwarnings("ignore:Total length of `BatchLoader` across ranks is zero:UserWarning")
 def test_evaluation_sees_every_sample_once_and_validation_may_be_off():
     data = images(val_fraction=0)
-    net, trainer = fit(1, data=data)
+    net, run = fit(1, data=data)
     assert len(net.seen) == 6
-    metrics = trainer.test(net, data, verbose=False)[0]
+    metrics = run.test(net, data, verbose=False)[0]
     x, y = data.split("test").x, data.split("test").y
     net.eval()
     with torch.no_grad():
@@ -302,8 +344,8 @@ def test_evaluation_sees_every_sample_once_and_validation_may_be_off():
 
 def test_checkpoints_hold_the_options_of_the_data_as_primitives(tmp_path):
     path = tmp_path / "epoch.ckpt"
-    _, trainer = fit(1, data=images(seed=5))
-    trainer.save_checkpoint(path)
+    _, run = fit(1, data=images(seed=5))
+    run.save_checkpoint(path)
     saved = torch.load(path, weights_only=True)["datamodule_hyper_parameters"]
     assert saved["seed"] == 5
     assert saved["batch_size"] == 10

@@ -175,7 +175,7 @@ def test_calibration_is_a_fixed_sequence_of_plain_training_inputs():
 
 
 def test_unknown_part_is_named():
-    with pytest.raises(UnknownNameError, match="part 'vall'. Did you mean 'val'"):
+    with pytest.raises(UnknownNameError, match=r"part 'vall'\. Did you mean 'val'"):
         qlab.data.load("digits").split("vall")
 
 
@@ -220,7 +220,7 @@ def test_arrays_of_every_accepted_kind_arrive_unchanged():
         (x[:, 0, 0].astype(np.float16), x[:, 0, 0].astype(np.float32)),
     ]:
         if expected is None:
-            with pytest.raises(InputError, match="torch.int64"):
+            with pytest.raises(InputError, match=r"torch\.int64"):
                 DataModule.from_arrays(given, y, given, y, val_fraction=0)
             continue
         data = DataModule.from_arrays(given, y, given, y, val_fraction=0)

@@ -100,7 +100,7 @@ def test_files_directly_in_qlab_data_are_not_taken_for_any_of_the_three_mnists(m
 def test_a_root_without_the_file_is_an_error_although_the_file_is_elsewhere(monkeypatch, tmp_path):
     write_mnist(tmp_path / "data" / "mnist", mnist_arrays())
     monkeypatch.setenv("QLAB_DATA", str(tmp_path / "data"))
-    with pytest.raises(DataNotFoundError, match="correct root=.*or leave it out") as caught:
+    with pytest.raises(DataNotFoundError, match=r"correct root=.*or leave it out") as caught:
         qlab.data.load("mnist", root=str(tmp_path / "elsewhere")).setup()
     assert "http" not in str(caught.value).partition("To get it")[0]
 

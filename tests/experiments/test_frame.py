@@ -253,22 +253,22 @@ def test_ctrl_c_ends_workers_and_keeps_what_is_done(tmp_path: Path) -> None:
                 fake.run(seeds=1, workers=2)
         """).format(root=str(Path(__file__).parents[2]))
     )
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, str(script)],
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
         env={**os.environ, "QLAB_CACHE": str(tmp_path)},
-    )
-    assert process.stderr is not None
-    try:
-        line = next(line for line in process.stderr if "[quick] seed 0 in" in line)
-        assert "1/2" in line
-        os.killpg(process.pid, signal.SIGINT)  # as the terminal does: to the workers as well
-        _, errors = process.communicate(timeout=60)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    ) as process:
+        assert process.stderr is not None
+        try:
+            line = next((line for line in process.stderr if "[quick] seed 0 in" in line), "")
+            assert "1/2" in line
+            os.killpg(process.pid, signal.SIGINT)  # as the terminal does: to the workers as well
+            _, errors = process.communicate(timeout=60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode not in (0, None)
     assert "interrupted: 1 of 2 runs are kept" in errors
     assert errors.count("Traceback") == 1  # the KeyboardInterrupt of the script itself, none of a worker

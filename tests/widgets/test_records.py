@@ -51,12 +51,8 @@ def test_labels_go_on_after_z() -> None:
 def snapshot(points: int = 5) -> Snapshot:
     x = np.arange(1.0, points + 1)
     metrics = ("train/loss", "val/loss", "val/acc", "val/acc_latent", "quant/flip_ratio", "quant/flip_ratio/fc")
-    return Snapshot(
-        points,
-        1.0,
-        dict.fromkeys(metrics, (x, x / points)),
-        Histogram(np.array([-1.0, 0.0, 1.0]), np.array([1, 3]), np.array([-1.0, 1.0])),
-    )
+    histogram = Histogram(np.array([-1.0, 0.0, 1.0]), np.array([1, 3]), np.array([-1.0, 1.0]))
+    return Snapshot(points, 1.0, dict.fromkeys(metrics, (x, x / points)), histogram)
 
 
 def test_packed_arrays_are_little_endian_float32() -> None:
