@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -87,6 +88,9 @@ def method_step(name: str, batch: Batch) -> Callable[[], float]:
         timer = StepTimer()
         method = qlab.methods.create(name, resnet20(), **OPTIONS.get(name, {}))
         with quiet():
+            warnings.filterwarnings(
+                "ignore", message="You defined a `validation_step` but have no"
+            )  # only steps are timed
             pl.Trainer(max_epochs=1, callbacks=[timer], **SILENT).fit(method, Batches(batch))
         return statistics.median(timer.seconds[1:])
 

@@ -116,14 +116,10 @@ def test_wrong_input_is_said_in_one_error() -> None:
 
 
 def test_run_without_an_end_is_refused() -> None:
+    trainer = pl.Trainer(
+        max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+    )
     with pytest.raises(InputError, match="needs an end"):
-        trainer = pl.Trainer(
-            max_epochs=-1,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
         trainer.fit(create("ste", small_net()), moons())
 
 

@@ -65,7 +65,10 @@ def hyperparameters(cls: type, skip: tuple[str, ...] = ("self", "net")) -> list[
         constructor = vars(base).get("__init__")
         if constructor is None:
             continue
-        doc = {p.arg_name: " ".join((p.description or "").split()) for p in docstring_parser.parse(base.__doc__ or "").params}
+        doc = {
+            p.arg_name: " ".join((p.description or "").split())
+            for p in docstring_parser.parse(base.__doc__ or "").params
+        }
         # An argument that a subclass takes over with another default keeps the text of the base class.
         found = {name: h if h.help else replace(h, help=doc.get(name, "")) for name, h in found.items()}
         if not passes_on:

@@ -1,4 +1,4 @@
-"""BinaryConnect: unbiased draws, the clamp, the authors' update scales, and its relation to the clipped straight-through estimator."""
+"""BinaryConnect: unbiased draws, the clamp, the authors' update scales, its relation to the clipped estimator."""
 
 from __future__ import annotations
 
