@@ -112,7 +112,9 @@ def history_text(runs: Sequence[Any], labels: Sequence[str] | None = None) -> st
         parts = []
         data = curves(run)
         for metric, name, form in _SPOKEN:
-            steps, values = data.get(metric, ((), ()))
+            if metric not in data:
+                continue
+            steps, values = data[metric]
             if len(values):
                 parts.append(f"{name} {form.format(float(values[-1]))} at step {int(steps[-1])}")
         lines.append(f"Run {label}: " + ("; ".join(parts) or "nothing recorded yet") + ".")
