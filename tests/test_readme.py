@@ -96,7 +96,7 @@ def test_commands_are_understood() -> None:
 
 
 def test_the_picture_is_one_and_small() -> None:
-    path = ROOT / "docs" / "tour.png"
+    path = ROOT / "docs" / "studio.png"
     assert path.stat().st_size < 200_000
     assert min(Image.open(path).size) > 300
 
