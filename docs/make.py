@@ -9,6 +9,7 @@ tests/test_readme.py and tests/test_notebooks.py fail where something here has n
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -81,6 +82,9 @@ def notebooks() -> None:
     import nbformat
     from nbclient import NotebookClient
 
+    os.environ["OMP_NUM_THREADS"] = (
+        "1"  # the kernels' too: the nets are small, and sums come out the same on any number of cores
+    )
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         client = NotebookClient(
