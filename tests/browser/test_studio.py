@@ -136,7 +136,7 @@ def test_two_runs_stand_side_by_side_and_one_goes_to_the_notebook(page: Any, lab
     write_notebook(
         lab.root / "compare.ipynb",
         "from qlab.widgets import Studio\nStudio(data='two_moons', epochs=3)",
-        "print("received", type(mine).__name__)",
+        "print('received', type(mine).__name__)",
     )
     open_notebook(page, lab, "compare.ipynb")
     run_first_cell(page)
