@@ -1,7 +1,6 @@
 """Make what is generated in this project's documents. Run it from anywhere:
 
     python docs/make.py tables       README.md and docs/methods.md: the tables of methods and papers, from the catalog
-    python docs/make.py picture      docs/tour.png: three real training runs
     python docs/make.py notebooks    run every notebook and store it with its outputs, without widget state
 
 tests/test_readme.py and tests/test_notebooks.py fail where something here has not been run after a change.
@@ -65,26 +64,13 @@ def tables() -> None:
         print(path)
 
 
-def picture() -> None:
-    """Train three methods on digits and draw their runs."""
-    import qlab
-
-    names = ("full_precision", "ste", "adaste")
-    runs = [qlab.fit(name, "digits", epochs=20, progress=False) for name in names]
-    path = ROOT / "docs" / "tour.png"
-    figure = qlab.plots.history_figure(runs, names, chance=0.1)
-    figure.savefig(path, dpi=100)
-    print(path, figure.get_label(), sep="\n")
-
-
 def notebooks() -> None:
     """Run every notebook in a fresh kernel and store it as it is committed: executed, pictures static, no widget state."""
     import nbformat
     from nbclient import NotebookClient
 
-    os.environ["OMP_NUM_THREADS"] = (
-        "1"  # the kernels' too: the nets are small, and sums come out the same on any number of cores
-    )
+    # The kernels inherit it: sums then come out the same on any number of cores, and small nets are no slower.
+    os.environ["OMP_NUM_THREADS"] = "1"
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         client = NotebookClient(
@@ -109,7 +95,7 @@ def notebooks() -> None:
 
 
 if __name__ == "__main__":
-    makers = {maker.__name__: maker for maker in (tables, picture, notebooks)}
+    makers = {maker.__name__: maker for maker in (tables, notebooks)}
     wanted = sys.argv[1:]
     if not wanted or any(name not in makers for name in wanted):
         sys.exit(__doc__)

@@ -98,7 +98,8 @@ def test_commands_are_understood() -> None:
 def test_the_picture_is_one_and_small() -> None:
     path = ROOT / "docs" / "studio.png"
     assert path.stat().st_size < 200_000
-    assert min(Image.open(path).size) > 300
+    with Image.open(path) as image:
+        assert min(image.size) > 300
 
 
 def test_no_placeholder_is_left() -> None:

@@ -304,7 +304,10 @@ class Studio(anywidget.AnyWidget):
                 self.send(content.get("run"), content.get("name"))
             elif kind == "ready":
                 self.look()
-            elif kind != "settings":
+            elif kind == "settings":
+                if "error" in self.status:
+                    self._say(self._said)
+            else:
                 raise InputError(f"the view sent an unknown message {kind!r:.40}.")
         except Exception as error:
             self._complain(error, about=kind if isinstance(kind, str) else "")
@@ -329,7 +332,8 @@ class Studio(anywidget.AnyWidget):
         if "preview" in (job.value or {}):
             self.caption = self._caption()
         record = self._active
-        if job.error is None and (record is None or record.phase not in _BUSY):
+        told = "error" in self.status  # an error stays until something is done about it
+        if not told and (record is None or record.phase not in _BUSY):
             looking = job.status == "running"
             text = job.text if looking and job.text else self._said
             if (text, looking) != (self.status.get("text"), self.status.get("looking")):

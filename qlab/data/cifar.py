@@ -42,13 +42,13 @@ wardrobe whale willow_tree wolf woman worm
 
 
 class _Bounded:
-    """A stream of at most `limit` bytes that never allocates more than what is there."""
+    """A stream of at most `limit` bytes. tarfile asks for 10 KiB at a time, whatever size a header promises."""
 
     def __init__(self, path: Path, stream: gzip.GzipFile, limit: int) -> None:
         self.path, self.stream, self.limit, self.count = path, stream, limit, 0
 
     def read(self, size: int) -> bytes:
-        piece = self.stream.read(min(size, _PIECE))
+        piece = self.stream.read(size)
         self.count += len(piece)
         if self.count > self.limit:
             raise DataFileError(

@@ -191,7 +191,7 @@ SIZES: dict[tuple[str, Scale], Size] = {
     ("digits", "laptop"): Size("mlp", 60, 200, batch_size=64),
     ("digits", "workstation"): Size("mlp", 60, 200, batch_size=64, seeds=10),
     ("digits", "paper"): Size("mlp", 60, 700, batch_size=64, seeds=10),
-    ("fashion_mnist", "laptop"): Size("lenet", 3, 3),
+    ("fashion_mnist", "laptop"): Size("lenet", 2, 2),
     ("fashion_mnist", "workstation"): Size("lenet", 10, 50, seeds=5),
     ("fashion_mnist", "paper"): Size("resnet18", 30, 700, seeds=5, parallel=False),
     ("cifar10", "laptop"): Size("lenet", 3, 3),

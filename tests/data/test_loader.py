@@ -161,6 +161,13 @@ def test_augmentation_of_a_batch_depends_on_seed_epoch_and_batch_alone():
     assert not torch.equal(next(iter(first))[0], whole[0][0])
 
 
+def test_batches_of_one_epoch_are_augmented_differently():
+    picture = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8)
+    same = Split(picture.repeat(20, 1, 1, 1), torch.zeros(20, dtype=torch.int64))
+    batches = list(BatchLoader(same, None, lambda x: x, batch_size=10, shuffle=True, augment=Augmentation()))
+    assert not torch.equal(batches[0][0], batches[1][0])
+
+
 def test_a_training_batch_is_the_augmented_and_normalised_slice():
     x = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     data = DataModule.from_arrays(x, torch.arange(40) % 2, augment=True, batch_size=8, val_fraction=0)

@@ -132,9 +132,10 @@ def test_no_message_to_the_browser_comes_near_a_megabyte(trained: Studio) -> Non
 
 
 def test_stop_keeps_a_run_and_resume_ends_where_an_uninterrupted_run_ends() -> None:
-    whole = make(epochs=4)
+    size = {"epochs": 10, "batch_size": 16}  # 900 steps: the stop comes in the midst of them
+    whole = make(**size)
     whole.train(wait=True)
-    studio = make(epochs=4)
+    studio = make(**size)
     train_until(studio, lambda live: points(live, "val/acc") >= 1)
     assert studio.status["phase"] == "stopped"
     assert studio.status["resumable"]
@@ -152,7 +153,7 @@ def test_stop_keeps_a_run_and_resume_ends_where_an_uninterrupted_run_ends() -> N
     for name, tensor in studio.run.method.state_dict().items():
         if isinstance(tensor, torch.Tensor):
             assert torch.equal(tensor, expected[name]), name
-    assert points(studio.live, "val/acc") == points(whole.live, "val/acc") == 4
+    assert points(studio.live, "val/acc") == points(whole.live, "val/acc") == 10
 
 
 def test_stop_while_pytorch_data_and_net_are_loading_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,6 +267,18 @@ def test_a_bug_is_shown_with_its_traceback(monkeypatch: pytest.MonkeyPatch) -> N
     settle(studio)
     assert studio.status["error"] == "ZeroDivisionError: a bug"
     assert "in broken" in studio.status["detail"]
+
+
+def test_an_error_stays_while_the_controls_are_loaded_and_goes_with_the_next_good_setting() -> None:
+    studio = make()
+    job = studio.look()
+    play(studio, type="settings", settings=studio.settings | {"epochs": "many"})
+    assert job.wait(LONG)
+    settle(studio)
+    assert "epochs is 'many'" in studio.status["error"]
+    play(studio, type="settings", settings=studio.settings | {"epochs": 3})
+    assert "error" not in studio.status
+    assert studio.settings["epochs"] == 3
 
 
 def test_a_second_train_while_one_is_running_is_refused() -> None:

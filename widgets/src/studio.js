@@ -53,7 +53,8 @@ class View {
     this.caption = h("p", { class: "ql-caption" });
     this.node = h(
       "section",
-      { class: "ql-studio", "aria-label": "Studio" },
+      // JupyterLab would take arrow keys from the slider (they fold headings) without this attribute.
+      { class: "ql-studio", "aria-label": "Studio", "data-lm-suppress-shortcuts": true },
       h(
         "div",
         { class: "ql-inner" },
