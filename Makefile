@@ -92,7 +92,7 @@ widgets: ## build the widgets' JavaScript bundle anew (needs npm; the bundle is 
 demo: $(STAMP) ## run the tour without a browser and write it as an HTML report with its figures
 	@echo "== running the tour (a few minutes)"
 	@rm -rf $(REPORT) && mkdir -p $(REPORT)
-	@$(BIN)/jupyter nbconvert --log-level=WARN --execute --to notebook --output-dir $(REPORT) --output tour.ipynb $(TOUR)
+	@OMP_NUM_THREADS=1 $(BIN)/jupyter nbconvert --log-level=WARN --execute --ExecutePreprocessor.store_widget_state=False --to notebook --output-dir $(REPORT) --output tour.ipynb $(TOUR)
 	@$(BIN)/jupyter nbconvert --log-level=WARN --to html --output-dir $(REPORT) --output tour.html $(REPORT)/tour.ipynb
 	@echo "== writing its figures as files"
 	@$(BIN)/jupyter nbconvert --log-level=WARN --to markdown --output-dir $(REPORT) --output tour.md \

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import shutil
 import signal
 import tempfile
@@ -23,7 +22,6 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -41,16 +39,11 @@ from qlab.callbacks import FlipRatio
 from qlab.errors import InputError
 from qlab.methods import checkpoints
 from qlab.methods.base import Method
+from qlab.provenance import versions
 
 __all__ = ["Run", "fit", "quiet", "versions"]
 
 COLUMNS = ["step", "epoch", "metric", "value"]
-
-
-def versions() -> dict[str, str]:
-    """Return the versions a result depends on."""
-    names = ("qlab", "torch", "pytorch-lightning", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
 class HistoryLogger(Logger):

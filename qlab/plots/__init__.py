@@ -1,6 +1,6 @@
 """Results as static figures: plain functions that take results and return a matplotlib figure, never pyplot.
 
-Every figure has its message in words as its label (`figure.get_label()`), which Jupyter passes on as alternative text.
+Every figure has its message in words as its label (`figure.get_label()`), which is stored beside the picture.
 matplotlib is imported with the first figure.
 """
 

@@ -1,8 +1,8 @@
 """A matplotlib figure that a notebook shows as it is, without pyplot.
 
 A plain `matplotlib.figure.Figure` is shown by Jupyter only after pyplot has been set up, and pyplot's global state does not
-bear widgets whose callbacks run in other threads. This one brings its own picture, with its label as alternative text for
-screen readers and plain terminals.
+bear widgets whose callbacks run in other threads. This one brings its own picture. Its label, the message in words, goes
+along as plain text and as the picture's `alt` metadata; nbconvert's HTML (7.17) does not read the latter.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ derivative (which is zero) but a declared pseudo-derivative d(x):
     forward:   x_q = q(x)
     backward:  dL/dx = dL/dx_q * d(x)
 
-It is written as an autograd Function rather than as `x + (q(x) - x).detach()`: the sum rounds, and its result lies
-off the grid for about 9 % of uniformly quantized float32 values.
+It is written as an autograd Function rather than as `x + (q(x) - x).detach()`: the sum rounds, and values that a uniform
+quantizer clips land off its grid.
 """
 
 from __future__ import annotations

@@ -166,8 +166,8 @@ def test_a_wrong_value_is_answered_in_the_view(page: Any, lab: Lab) -> None:
     open_notebook(page, lab, "wrong.ipynb")
     run_first_cell(page)
     page.wait_for_selector(STUDIO)
-    page.get_by_label("Epochs").fill("<b>many</b>")
-    page.get_by_label("Epochs").press("Enter")
+    page.get_by_label("Epochs", exact=True).fill("<b>many</b>")
+    page.get_by_label("Epochs", exact=True).press("Enter")
     alert = page.get_by_role("alert")
     page.wait_for_function("() => !document.querySelector('.ql-error').hidden")
     assert "epochs is '<b>many</b>'; expected a whole number" in alert.inner_text()
@@ -188,6 +188,10 @@ def test_controls_are_worked_from_the_keyboard(page: Any, lab: Lab) -> None:
             .filter((e) => !e.labels?.length && !e.getAttribute('aria-label')).length"""
     )
     assert unnamed == 0
+    page.get_by_label("Method").focus()
+    page.keyboard.press("ArrowUp")  # JupyterLab would go to the cell above
+    page.wait_for_function("() => !document.querySelector('.ql-controls legend').textContent.includes('adaste')")
+    page.get_by_label("Your prediction: accuracy when deployed").focus()
     page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.textContent") == "Train"
     page.keyboard.press("Enter")

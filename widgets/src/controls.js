@@ -47,6 +47,9 @@ export class Controls {
       this.ownGroup,
     );
     this.node.addEventListener("submit", (event) => event.preventDefault());
+    this.node.addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && event.target.matches("input[type=text]")) event.target.dispatchEvent(new Event("change"));
+    });
     this.show();
   }
 

@@ -1,7 +1,12 @@
 // Building the page: elements from a tag, properties and children. Text always goes through textContent.
 
+// JupyterLab takes arrow keys and Enter from whatever has the focus in a notebook (its shortcuts have the selector `:focus`),
+// unless the element itself carries the attribute `data-lm-suppress-shortcuts`.
+const FOCUSABLE = new Set(["input", "select", "button", "summary"]);
+
 export function h(tag, attributes = {}, ...children) {
   const element = document.createElement(tag);
+  if (FOCUSABLE.has(tag)) element.setAttribute("data-lm-suppress-shortcuts", "");
   for (const [name, value] of Object.entries(attributes)) {
     if (value === null || value === undefined || value === false) continue;
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);

@@ -53,8 +53,7 @@ class View {
     this.caption = h("p", { class: "ql-caption" });
     this.node = h(
       "section",
-      // JupyterLab would take arrow keys from the slider (they fold headings) without this attribute.
-      { class: "ql-studio", "aria-label": "Studio", "data-lm-suppress-shortcuts": true },
+      { class: "ql-studio", "aria-label": "Studio" },
       h(
         "div",
         { class: "ql-inner" },
