@@ -239,6 +239,6 @@ export class Histogram extends Frame {
 /** Ticks of a symmetric log axis: 0 and powers of ten from 10 up to the reach, thinned to a handful. */
 function decades(reach) {
   const powers = Array.from({ length: Math.floor(Math.log10(reach)) }, (_, i) => 10 ** (i + 1));
-  const kept = powers.filter((_, i) => i % Math.ceil(powers.length / 4) === 0);
+  const kept = powers.filter((_, i) => i % Math.ceil(powers.length / 3) === 0);
   return [...kept.map((v) => -v).reverse(), 0, ...kept];
 }
