@@ -2,8 +2,9 @@
 
     qlab bench training
 
-The steps are timed inside a real `Trainer.fit`, so that everything a user pays is in them: schedules, logging, the check for NaN,
-the projection. The peer is the loop one would write by hand for the same float net: forward, cross-entropy, backward, Adam.
+The steps are timed inside a real `Trainer.fit`, between Lightning's hooks at the start and end of a batch: schedules,
+`self.log`, the check for NaN and the projection are in them; fetching the batch and writing to a logger are not. The peer is
+the loop one would write by hand for the same float net: forward, cross-entropy, backward, Adam.
 """
 
 from __future__ import annotations

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-__all__ = ["FlipRatio", "Stream"]
+__all__ = ["FlipRatio"]
 
 
 class FlipRatio(pl.Callback):
@@ -56,30 +54,3 @@ class FlipRatio(pl.Callback):
 
 def _copy(method: Any) -> dict[str, Tensor]:
     return {name: w.clone() for name, w in method.hard_weights().items()}
-
-
-class Stream(pl.Callback):
-    """Call a function with the step and the current metrics while training goes on.
-
-    Args:
-        send: `send(step, metrics)`; called in the training thread, so it must be quick.
-        every_seconds: at most this often, and at the end of every epoch.
-    """
-
-    def __init__(self, send: Callable[[int, dict[str, float]], None], every_seconds: float = 0.1) -> None:
-        self.send = send
-        self.every_seconds = every_seconds
-        self._last = 0.0
-
-    def _emit(self, trainer: pl.Trainer) -> None:
-        self._last = time.monotonic()
-        self.send(trainer.global_step, {k: float(v) for k, v in trainer.callback_metrics.items()})
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Send, if the last time is long enough ago."""
-        if time.monotonic() - self._last >= self.every_seconds:
-            self._emit(trainer)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Send the epoch's values."""
-        self._emit(trainer)

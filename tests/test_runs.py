@@ -14,7 +14,7 @@ import pytorch_lightning as pl
 import torch
 
 import qlab
-from qlab.callbacks import FlipRatio, Stream
+from qlab.callbacks import FlipRatio
 from qlab.errors import CheckpointError, InputError, UnknownNameError
 from qlab.methods import create
 from tests.methods.conftest import moons, small_net, train
@@ -150,14 +150,3 @@ def test_flip_ratio_counts_the_weights_that_changed_level() -> None:
     assert max(recount.ratios) > 0
     per_layer = {m for m in run.history.metric if m.startswith("quant/flip_ratio/")}
     assert per_layer == {f"quant/flip_ratio/{name}" for name in run.method.hard_weights()}
-
-
-def test_stream_sends_while_training_and_at_the_end_of_epochs() -> None:
-    sent: list[tuple[int, dict[str, float]]] = []
-    train("ste", epochs=2, callbacks=[Stream(lambda step, metrics: sent.append((step, metrics)), every_seconds=0.0)])
-    assert [step for step, _ in sent] == sorted(step for step, _ in sent)
-    assert {step for step, _ in sent} == set(range(1, 19))
-    assert "val/acc" in sent[-1][1]
-    rare: list[int] = []
-    train("ste", epochs=2, callbacks=[Stream(lambda step, metrics: rare.append(step), every_seconds=1e9)])
-    assert rare[-2:] == [9, 18]

@@ -30,12 +30,12 @@ an uninterrupted one sees. Validation and `subset` are stratified: each class ha
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
 from qlab.data.catalog import DATA, DataInfo
 from qlab.errors import InputError
+from qlab.lazy import lazy_names
 
 if TYPE_CHECKING:
     from qlab.data.augment import Augmentation
@@ -53,14 +53,7 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+__getattr__, __dir__ = lazy_names(__name__, _LAZY, __all__)
 
 
 def load(name: str, **options: Any) -> DataModule:

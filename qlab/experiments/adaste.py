@@ -15,7 +15,8 @@ Arms:
     B AdaSTE reference, tol ...  the authors' code: S = (10 n)^2, lr 3e-4, cosine, theta = ±10 at the start
     B AdaSTE derived, tol 1e-3   the derived rule with c_max 1 in the same optimizer
     B sign STE                   the same optimizer with a dead zone that holds everything: c = 1, w = sign(theta)
-    B BinaryConnect, B full precision
+    B BinaryConnect              Adam at 0.01 with cosine, the calibrated setting of the comparisons, not the method's defaults
+    B full precision
 
 Reported per run: accuracy deployed (batch norm re-estimated for the final signs) and with the running statistics of
 training; share of weights whose sign differs from the start; flips in the last epoch; median |theta|; share of entries with

@@ -6,9 +6,9 @@ method = qlab.methods.create("adaste", net, tol=1e-2)
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
+from qlab.lazy import lazy_names
 from qlab.methods.catalog import CATALOG, PAPERS, MethodInfo
 
 if TYPE_CHECKING:
@@ -43,11 +43,4 @@ def create(name: str, net: Any, **options: Any) -> Method:
     return cls(net, **options)
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, _HOME, __all__)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qlab import models
+from qlab.data.seeding import generator
 from qlab.errors import InputError
 from qlab.methods import checkpoints
 from qlab.methods.catalog import MethodInfo
@@ -188,10 +189,9 @@ class Method(pl.LightningModule):
         A resumed run thus draws what an uninterrupted one draws, and the global generator is not touched.
         """
         self.anneal(min(self.steps / max(total, 1), 1.0))
-        # The multiplier is prime and odd: distinct (seed, step) pairs of any run give distinct streams.
-        generator = torch.Generator().manual_seed((self.h.seed * 1_000_000_007 + self.steps) % 2**63)
+        noise = generator("noise", self.h.seed, self.steps)
         for quantizer in quantizers(self.net):
-            quantizer.resample(generator)
+            quantizer.resample(noise)
 
     @torch.no_grad()
     def end_step(self) -> None:

@@ -100,7 +100,7 @@ CATALOG: Registry[MethodInfo] = Registry(
             properties=(
                 "the forward weight minimises the double-well energy",
                 "the backward rule is the largest finite difference over beta",
-                "mu = 0 gives straight-through on [-1, 1]",
+                "mu = 0 gives straight-through inside (-1, 1)",
                 "mu alpha >= 1 gives exact signs",
             ),
             schedule=("mu",),

@@ -6,8 +6,9 @@ matplotlib is imported with the first figure.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from qlab.lazy import lazy_names
 
 if TYPE_CHECKING:
     from qlab.plots.experiments import experiment_figure
@@ -46,11 +47,4 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(importlib.import_module(f"qlab.plots.{_HOME[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted(__all__)
+__getattr__, __dir__ = lazy_names(__name__, {name: f"qlab.plots.{module}" for name, module in _HOME.items()}, __all__)

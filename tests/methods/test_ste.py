@@ -12,8 +12,13 @@ import qlab
 from qlab.errors import CheckpointError, InputError, UnknownNameError
 from qlab.methods import create
 from qlab.methods.binary_networks.ste import STE
-from qlab.quantizers import SURROGATES, Sign, quantized_tensors
+from qlab.quantizers import NONLINEARITIES, SURROGATES, Sign, quantized_tensors
 from tests.methods.conftest import moons, small_net
+
+
+def places(net: nn.Module) -> list[nn.Module]:
+    """The modules of a net that are no parametrization of a weight."""
+    return [m for name, m in net.named_modules() if "parametrizations" not in name]
 
 
 def triangle(x: Tensor) -> Tensor:
@@ -44,8 +49,13 @@ def test_every_surrogate_learns_two_moons(surrogate: object) -> None:
 def test_binary_activations_replace_the_nonlinearities_and_learn() -> None:
     net = qlab.build("mlp", (2,), 2, hidden=(32, 32, 32), seed=0)
     method = create("ste", net, activations="sign", activation_surrogate="polynomial", keep=("first", "last"))
-    signs = [m for m in method.net.modules() if isinstance(m, Sign)]
-    assert not any(isinstance(m, nn.ReLU) for m in list(method.net.modules())[:-3]) or len(signs) >= 2
+    # Three hidden layers: the nonlinearities before layers 2 and 3 become signs; the one before the kept last layer stays.
+    kinds = [
+        type(m)
+        for m in method.net.modules()
+        if isinstance(m, NONLINEARITIES) or (isinstance(m, Sign) and m in places(method.net))
+    ]
+    assert kinds == [Sign, Sign, nn.ReLU]
     run = qlab.fit(method, moons(n=1000), epochs=30, progress=False)
     assert run.metrics["test/acc"] > 0.9
     activations = [m for m in run.deployed.modules() if isinstance(m, Sign)]

@@ -120,7 +120,8 @@ class BinaryConnect(Method):
         stochastic: draw the sign of each weight anew every step.
         scale: H, "one" or "glorot".
         scale_lr: multiply the updates of latent weights by 1 / sqrt(1.5 / (fan_in + fan_out)), squared for sgd.
-        lr: learning rate, before that multiplication. The default suits wide nets and long runs; a small net in a short run
+        lr: learning rate, before that multiplication. The default is recalled from the authors' code,
+            not confirmed; it suits wide nets and long runs: a small net in a short run
             wants about ten times as much, as in notebooks/00_tour.
         lr_schedule: the paper's learning rate decays exponentially.
     """
