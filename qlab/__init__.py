@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qlab import data, experiments, jobs, methods, models, plots, quantizers
+    from qlab import binary, data, experiments, jobs, methods, models, plots, quantizers
     from qlab.methods import load
     from qlab.methods.catalog import CATALOG
     from qlab.models import build
@@ -27,6 +27,7 @@ __all__ = [
     "CATALOG",
     "Run",
     "__version__",
+    "binary",
     "build",
     "data",
     "experiments",
@@ -41,7 +42,7 @@ __all__ = [
     "quantizers",
 ]
 
-_ROOMS = frozenset({"data", "experiments", "jobs", "methods", "models", "plots", "quantizers"})
+_ROOMS = frozenset({"binary", "data", "experiments", "jobs", "methods", "models", "plots", "quantizers"})
 _HOME = {
     "CATALOG": "qlab.methods.catalog",
     "Run": "qlab.runs",

@@ -5,7 +5,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["CheckpointError", "DataFileError", "DataNotFoundError", "InputError", "QlabError", "UnknownNameError"]
+__all__ = [
+    "CheckpointError",
+    "DataFileError",
+    "DataNotFoundError",
+    "InputError",
+    "PackedFileError",
+    "QlabError",
+    "UnknownNameError",
+]
 
 
 class QlabError(Exception):
@@ -39,3 +47,7 @@ class DataNotFoundError(QlabError):
 
 class CheckpointError(QlabError):
     """A checkpoint is corrupt, unsafe, or belongs to something else."""
+
+
+class PackedFileError(QlabError):
+    """A packed net's file is truncated, corrupt, hostile, or of a version that this qlab does not read."""

@@ -1,0 +1,242 @@
+"""Running a packed graph: once as a simulation in float, and once for each kind of packed kernels.
+
+    torch      the simulation: signs as +-1 in float32, sums of which are exact; what the net was trained as
+    numpy      the reference kernels
+    numba      the CPU kernels (`backend_cpu`)
+    shim       the CUDA sources on the CPU
+    cuda       the CUDA kernels
+
+Steps that are float in the graph are torch's own operations in every backend, in the memory layout of the original net.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qlab.binary.bits import unpack, words_to_array
+from qlab.binary.floats import FLOAT_OPS, ORDER_SENSITIVE
+from qlab.binary.graph import Graph, Step
+from qlab.binary.kernels import reference
+from qlab.quantizers import hard_sign
+
+__all__ = ["Backend", "Simulation", "WordKernels", "Words"]
+
+
+class Backend:
+    """One way to run a graph; `run` takes a batch (N, ...) in float32 and returns the net's output.
+
+    Args:
+        graph: a checked graph.
+        device: where its float steps run.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, graph: Graph, device: str = "cpu") -> None:
+        self.graph = graph
+        self.device = torch.device(device)
+        self.tensors = {name: self._constant(array) for name, array in graph.tensors.items()}
+        last: dict[str, int] = {name: i for i, step in enumerate(graph.steps) for name in step.inputs}
+        self.released: list[list[str]] = [[] for _ in graph.steps]  # values that no later step needs
+        for name, i in last.items():
+            if name != graph.output:
+                self.released[i].append(name)
+
+    def _constant(self, array: np.ndarray) -> Tensor:
+        tensor = words_to_array(array) if array.dtype == np.uint64 else torch.from_numpy(array)
+        return tensor.to(self.device)
+
+    @torch.no_grad()
+    def run(self, x: Tensor) -> Tensor:
+        """Return the output for a batch of inputs."""
+        values: dict[str, Any] = {"input": x.to(self.device)}
+        for i, step in enumerate(self.graph.steps):
+            results = self.step(step, [values[name] for name in step.inputs])
+            values.update(zip(step.outputs, results, strict=True))
+            for name in self.released[i]:
+                values.pop(name, None)
+        return values[self.graph.output]
+
+    def step(self, step: Step, inputs: list[Any]) -> tuple[Any, ...]:
+        """Return the values of one step."""
+        if step.op in FLOAT_OPS:
+            if step.op in ORDER_SENSITIVE:
+                inputs = [_standard(x) for x in inputs]
+            tensors = {role: self.tensors[name] for role, name in step.tensors.items()}
+            return (FLOAT_OPS[step.op](inputs, tensors, step.options),)
+        method: Callable[..., Any] = getattr(self, step.op)
+        result = method(step, *inputs)
+        return result if isinstance(result, tuple) else (result,)
+
+    def tensor(self, step: Step, role: str) -> Tensor:
+        """Return a step's tensor."""
+        return self.tensors[step.tensors[role]]
+
+    def optional(self, step: Step, role: str) -> Tensor | None:
+        """Return a step's tensor, or None where it has none of that role."""
+        return self.tensor(step, role) if role in step.tensors else None
+
+    def affine(self, step: Step, z: Tensor) -> Tensor:
+        """Return alpha z + beta per channel of z (N, C, ...), rounded as the step says; z itself where it has none."""
+        if "alpha" not in step.tensors:
+            return z
+        shape = (1, -1, *(1 for _ in z.shape[2:]))
+        alpha, beta = self.tensor(step, "alpha").view(shape), self.tensor(step, "beta").view(shape)
+        if not step.options["fused"]:
+            return z * alpha + beta
+        return torch.from_numpy(reference.fma(z.cpu().numpy(), alpha.cpu().numpy(), beta.cpu().numpy())).to(z.device)
+
+    # ---- one-bit weights with float activations: the same in every backend -----------------------------------------
+
+    def sign_weight_conv2d(self, step: Step, x: Tensor) -> Tensor:
+        """Unpack the weights for this one product and let torch multiply: the sums of the original net."""
+        o = step.options
+        signs = unpack(self.tensor(step, "weight"), o["channels"] // o["groups"]).permute(0, 3, 1, 2)
+        weight = self._scaled(signs, self.optional(step, "scale"))
+        window = (tuple(o["stride"]), tuple(o["padding"]), tuple(o["dilation"]), o["groups"])
+        return F.conv2d(_standard(x), weight, self.optional(step, "bias"), *window)
+
+    def sign_weight_linear(self, step: Step, x: Tensor) -> Tensor:
+        """Unpack the weights for this one product and let torch multiply: the sums of the original net."""
+        signs = unpack(self.tensor(step, "weight"), step.options["features"])
+        return F.linear(_standard(x), self._scaled(signs, self.optional(step, "scale")), self.optional(step, "bias"))
+
+    @staticmethod
+    def _scaled(signs: Tensor, scale: Tensor | None) -> Tensor:
+        weight = _standard(signs.float())
+        return weight if scale is None else weight * scale.view(-1, *(1 for _ in weight.shape[1:]))
+
+
+def _standard(x: Tensor) -> Tensor:
+    """Return x with the strides of a fresh tensor: those of a size of one are free, and torch chooses its kernels by them."""
+    return x.contiguous().view(-1).view(x.shape)
+
+
+class Simulation(Backend):
+    """The packed graph in float32: signs are +-1 and a binary layer is torch's convolution or product of them."""
+
+    name = "torch"
+
+    def pack(self, step: Step, x: Tensor) -> Tensor:
+        """Return the signs of x, or of its batch norm."""
+        return hard_sign(self.affine(step, x))
+
+    def unpack(self, step: Step, x: Tensor) -> Tensor:
+        """Return the signs themselves."""
+        return x
+
+    def binary_conv2d(self, step: Step, x: Tensor, *residual: Tensor) -> Any:
+        """Return a convolution of signs."""
+        o = step.options
+        weight = unpack(self.tensor(step, "weight"), o["channels"] // o["groups"]).permute(0, 3, 1, 2).float()
+        padding = tuple(o["padding"])
+        if o["pad"] == "one":
+            x, padding = F.pad(x, (padding[1], padding[1], padding[0], padding[0]), value=1.0), (0, 0)
+        z = F.conv2d(x, weight, None, tuple(o["stride"]), padding, tuple(o["dilation"]), o["groups"])
+        return self._finish(step, z, *residual)
+
+    def binary_linear(self, step: Step, x: Tensor, *residual: Tensor) -> Any:
+        """Return a product of signs; the weights of a flattened picture are padded pixel by pixel, as its words are."""
+        words = self.tensor(step, "weight")
+        signs = unpack(words, words.shape[1] * reference.WORD)[:, : x.shape[1]].float()
+        return self._finish(step, x @ signs.T, *residual)
+
+    def _finish(self, step: Step, z: Tensor, *residual: Tensor) -> Any:
+        if "threshold" in step.tensors:
+            shape = (1, -1, *(1 for _ in z.shape[2:]))
+            below = z < self.tensor(step, "threshold").view(shape)
+            return 1.0 - 2.0 * (below ^ self._flips(step, z.shape[1]).view(shape)).float()
+        z = self.affine(step, z)
+        y = z + residual[0] if residual else z
+        return y if len(step.outputs) == 1 else (y, hard_sign(y))
+
+    def _flips(self, step: Step, channels: int) -> Tensor:
+        return unpack(self.tensor(step, "flip"), channels) < 0
+
+    def max_pool_bits(self, step: Step, x: Tensor) -> Tensor:
+        """Return the maximum, negated in flipped channels."""
+        o = step.options
+        y = F.max_pool2d(x, tuple(o["kernel"]), tuple(o["stride"]), tuple(o["padding"]))
+        if "flip" not in step.tensors:
+            return y
+        return torch.where(self._flips(step, y.shape[1]).view(1, -1, 1, 1), -y, y)
+
+    def flatten_bits(self, step: Step, x: Tensor) -> Tensor:
+        """Return the pixels one after the other, each padded with zeros to whole words, as the words are laid out."""
+        x = F.pad(x.permute(0, 2, 3, 1), (0, -x.shape[1] % reference.WORD))
+        return x.flatten(1)
+
+
+class WordKernels(Protocol):
+    """The functions of `kernels.reference` that a backend needs."""
+
+    pack: Callable[..., Any]
+    unpack: Callable[..., Any]
+    binary_matmul: Callable[..., Any]
+    binary_conv2d: Callable[..., Any]
+    threshold_pack: Callable[..., Any]
+    max_pool2d: Callable[..., Any]
+
+
+class Words(Backend):
+    """The packed graph on words, with the kernels of a module that has the functions of `kernels.reference`.
+
+    Args:
+        graph: a checked graph.
+        kernels: the module.
+        name: of the backend.
+    """
+
+    def __init__(self, graph: Graph, kernels: WordKernels, name: str = "numpy") -> None:
+        super().__init__(graph)
+        self.kernels = kernels
+        self.name = name  # type: ignore[misc]
+
+    def words(self, step: Step, role: str) -> np.ndarray:
+        """Return a step's tensor as the graph holds it."""
+        return self.graph.tensors[step.tensors[role]]
+
+    def pack(self, step: Step, x: Tensor) -> np.ndarray:
+        """Return the words of the signs of x, or of its batch norm, channels last."""
+        return self.kernels.pack(np.ascontiguousarray(self.affine(step, x).movedim(1, -1).numpy()))
+
+    def unpack(self, step: Step, x: np.ndarray) -> Tensor:
+        """Return the signs as floats (N, C, ...)."""
+        signs = self.kernels.unpack(x, step.options["channels"])
+        return torch.from_numpy(np.ascontiguousarray(signs)).movedim(-1, 1).float()
+
+    def binary_conv2d(self, step: Step, x: np.ndarray, *residual: Tensor) -> Any:
+        """Return a convolution of packed signs."""
+        o = step.options
+        window = (tuple(o["stride"]), tuple(o["padding"]), tuple(o["dilation"]), o["groups"])
+        z = self.kernels.binary_conv2d(x, self.words(step, "weight"), o["channels"], *window, pad=o["pad"])
+        return self._finish(step, z, *residual)
+
+    def binary_linear(self, step: Step, x: np.ndarray, *residual: Tensor) -> Any:
+        """Return a product of packed signs."""
+        return self._finish(
+            step, self.kernels.binary_matmul(x, self.words(step, "weight"), step.options["features"]), *residual
+        )
+
+    def _finish(self, step: Step, z: np.ndarray, *residual: Tensor) -> Any:
+        if "threshold" in step.tensors:
+            return self.kernels.threshold_pack(z, self.words(step, "threshold"), self.words(step, "flip"))
+        y = self.affine(step, torch.from_numpy(np.ascontiguousarray(z)).float().movedim(-1, 1))
+        y = y + residual[0] if residual else y
+        return y if len(step.outputs) == 1 else (y, self.kernels.pack(np.ascontiguousarray(y.movedim(1, -1).numpy())))
+
+    def max_pool_bits(self, step: Step, x: np.ndarray) -> np.ndarray:
+        """Return the packed maximum, negated in flipped channels."""
+        o = step.options
+        y = self.kernels.max_pool2d(x, tuple(o["kernel"]), tuple(o["stride"]), tuple(o["padding"]))
+        return y ^ self.words(step, "flip") if "flip" in step.tensors else y
+
+    def flatten_bits(self, step: Step, x: np.ndarray) -> np.ndarray:
+        """Return the same words, one row per example."""
+        return x.reshape(len(x), -1)

@@ -1,0 +1,32 @@
+"""The argument block of the product kernel `cpu_gemm.gemm`: the number of each of its int64 words.
+
+A module, not an enum: Numba reads a module's integers as constants.
+"""
+
+# fmt: off
+(
+    NEXT,              # counts the chunks that have been taken
+    X,                 # address of the rows' words
+    ROWS, ROWS_EACH,   # rows in all; rows of one image, which the tables describe
+    IMAGE_STRIDE,      # bytes from one image to the next
+    PLACES,            # table: bytes from an image to where row m starts
+    TAPS, WORDS,       # table: bytes from a row's start to its word k; number of words
+    PLANES, PLANE_STRIDE,  # bit planes; bytes from one to the next
+    CLASSES, CLASS_STRIDE,  # table: class of row m; bytes of BIAS for one class
+    PANEL, PANELS,     # weights; number of panels
+    PANELS_PER_GROUP, GROUP_CHANNELS, GROUP_STRIDE,  # of a group: panels, output channels, bytes of its words in a pixel
+    BIAS,              # table (class, panel, column): bias, or limit where signs come out
+    SHIFT, COMPLEMENT,
+    ROW_RUN, PANEL_RUN,  # a chunk of work: so many rows of an image by so many panels
+    KIND,              # INTEGERS, SIGNS or FLOATS
+    OUT, OUT_STRIDE,   # address; bytes from row to row
+    FLIP,              # SIGNS: words that are xored with the bits
+    ALPHA, BETA, FUSED, RESIDUAL,  # FLOATS: addresses; whether rounded once; address or 0
+    SIGN_BITS, SIGN_STRIDE,  # FLOATS: address of the words of the result's signs, or 0; bytes from row to row
+    LENGTH,
+) = range(33)
+# fmt: on
+
+INTEGERS, SIGNS, FLOATS = range(3)
+
+COLUMNS = 16  # output channels side by side in a panel

@@ -1,0 +1,150 @@
+"""What the CPU kernels share: memory, vectors and a work counter as Numba intrinsics that emit LLVM code directly.
+
+The kernels take one argument, the address of a block of int64 words (addresses, sizes, strides), so that a call from Python
+costs about a microsecond whatever a kernel needs. Word 0 of the block counts the chunks of work that have been taken: every thread
+runs the same kernel on the same block and takes chunks until none is left. That balances the threads, and the result is
+the same for any number of them, for a chunk always computes the same thing.
+
+Numba caches a kernel by the file that it stands in: after a change here, delete `__pycache__` to see its effect.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+__all__ = [
+    "I16",
+    "I32",
+    "I64",
+    "address_of",
+    "call",
+    "constant",
+    "fetch",
+    "join",
+    "load",
+    "poke",
+    "read",
+    "reading",
+    "signature",
+    "splat",
+    "store",
+    "take",
+    "vector",
+    "wide_registers",
+]
+
+I1, I16, I32, I64, F32 = ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+
+
+def wide_registers() -> bool:
+    """Whether this machine has 32 registers of 512 bits (AVX-512)."""
+    return bool(binding.get_host_cpu_features().get("avx512f", False))
+
+
+def vector(element: ir.Type, lanes: int) -> ir.VectorType:
+    """Return the type of `lanes` elements."""
+    return ir.VectorType(element, lanes)
+
+
+def constant(value: int, kind: ir.Type = I64) -> ir.Constant:
+    """Return a constant, the same in every lane if `kind` is a vector."""
+    return ir.Constant(kind, [value] * kind.count if isinstance(kind, ir.VectorType) else value)
+
+
+def _pointer(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+    return builder.inttoptr(address, kind.as_pointer())
+
+
+def load(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, offset: int = 0, align: int = 8) -> ir.Value:
+    """Return the value of type `kind` that stands `offset` bytes after `address`."""
+    place = builder.add(address, constant(offset)) if offset else address
+    value = builder.load(_pointer(builder, place, kind), align=align)
+    value.align = align
+    return value
+
+
+def store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value, align: int = 4) -> None:
+    """Store a value at an address."""
+    builder.store(value, _pointer(builder, address, value.type), align=align).align = align
+
+
+def splat(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
+    """Return a vector with `value` in every lane."""
+    kind = vector(value.type, lanes)
+    first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, constant(0, I32))
+    return builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), constant(0, vector(I32, lanes)))
+
+
+def join(builder: ir.IRBuilder, low: ir.Value, high: ir.Value) -> ir.Value:
+    """Return the lanes of `low` followed by those of `high`."""
+    lanes = 2 * low.type.count
+    return builder.shuffle_vector(low, high, ir.Constant(vector(I32, lanes), list(range(lanes))))
+
+
+def call(builder: ir.IRBuilder, name: str, *arguments: ir.Value) -> ir.Value:
+    """Return the value of an LLVM intrinsic whose result and arguments are of one type."""
+    kind = arguments[0].type
+    function = ir.FunctionType(kind, [kind] * len(arguments))
+    return builder.call(cgutils.get_or_insert_function(builder.module, function, name), arguments)
+
+
+def address_of(builder: ir.IRBuilder, pointer: ir.Value) -> ir.Value:
+    """Return a pointer as an integer."""
+    return builder.ptrtoint(pointer, I64)
+
+
+def signature(arguments: int, result: Any = types.void) -> Any:
+    """Return the Numba signature of that many int64 arguments."""
+    return result(*[types.int64] * arguments)
+
+
+def reading(kind: ir.Type, result: Any) -> Any:
+    """Return an intrinsic f(address) that reads a value of a scalar type, widened to `result`."""
+
+    @intrinsic
+    def peek(_context: Any, address: Any) -> Any:
+        def emit(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> ir.Value:
+            return load(builder, arguments[0], kind, align=4)
+
+        return result(types.int64), emit
+
+    return peek
+
+
+read = reading(I64, types.int64)
+
+
+@intrinsic
+def fetch(_context: Any, block: Any, index: Any) -> Any:
+    """fetch(block, index): one word of an argument block."""
+
+    def emit(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> ir.Value:
+        return load(builder, builder.add(arguments[0], builder.mul(arguments[1], constant(8))), I64)
+
+    return signature(2, types.int64), emit
+
+
+@intrinsic
+def poke(_context: Any, address: Any, value: Any) -> Any:
+    """poke(address, value): store one word."""
+
+    def emit(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> ir.Value:
+        store(builder, arguments[1], arguments[0], align=8)
+        return context.get_dummy_value()
+
+    return signature(2), emit
+
+
+@intrinsic
+def take(_context: Any, block: Any) -> Any:
+    """take(block): the number of the next chunk of work, counted across threads in word 0 of the block."""
+
+    def emit(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> ir.Value:
+        return builder.atomic_rmw("add", _pointer(builder, arguments[0], I64), constant(1), "monotonic")
+
+    return signature(1, types.int64), emit

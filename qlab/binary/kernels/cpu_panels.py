@@ -1,0 +1,108 @@
+"""Weights as the CPU kernels want them: panels of 16 output channels, word by word."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlab.binary.kernels.cpu_block import COLUMNS
+from qlab.binary.kernels.reference import Pair, Words
+from qlab.errors import InputError
+
+__all__ = ["Panels", "as_words", "prepack", "prepack_conv"]
+
+
+@dataclass(frozen=True)
+class Panels:
+    """Packed weights, rearranged once so that a vector holds word k of eight output channels.
+
+    Args:
+        array: uint64 (groups, panels per group, words, 16); columns past the last channel are 0.
+        n: output channels O.
+        words: words of a row, kh kw W(C / groups) in a convolution.
+        groups: of a grouped convolution.
+        kernel: (kh, kw) of a convolution, None for a matrix.
+        counts: bits that are set, int64 (taps, O).
+    """
+
+    array: Words
+    n: int
+    words: int
+    groups: int
+    kernel: Pair | None
+    counts: NDArray[np.int64] = field(repr=False)
+    plans: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def per_group(self) -> int:
+        """Panels of one group."""
+        return self.array.shape[1]
+
+
+def as_words(x: Any, dimensions: int, what: str) -> Words:
+    """Return x as contiguous uint64 words, copied only where it is not.
+
+    Raises:
+        InputError: another type or number of dimensions.
+    """
+    if not isinstance(x, np.ndarray) or x.dtype != np.uint64 or x.ndim != dimensions:
+        found = f"{x.dtype} of shape {x.shape}" if isinstance(x, np.ndarray) else type(x).__name__
+        raise InputError(f"{what} is {found}; expected a numpy array of uint64 words with {dimensions} dimensions")
+    return x if x.flags.c_contiguous else np.ascontiguousarray(x)
+
+
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.uint8)  # of each byte
+
+
+def _popcount(words: Words) -> NDArray[np.int64]:
+    """Return the number of bits that are set along the last axis."""
+    return _BITS[words.view(np.uint8)].sum(-1, dtype=np.int64)
+
+
+def _aligned(shape: tuple[int, ...]) -> Words:
+    """Return an empty array that starts at a cache line: a vector of 64 bytes then never straddles two."""
+    size = int(np.prod(shape))
+    raw = np.empty(size + 7, np.uint64)
+    start = -raw.__array_interface__["data"][0] % 64 // 8
+    return raw[start : start + size].reshape(shape)
+
+
+def prepack(w: Words) -> Panels:
+    """Return the panels of a matrix of signs or digits.
+
+    Args:
+        w: words (N, W).
+    """
+    return _panels(as_words(w, 2, "w"), groups=1, kernel=None)
+
+
+def prepack_conv(w: Words, groups: int = 1) -> Panels:
+    """Return the panels of a convolution's weights.
+
+    Args:
+        w: words (O, kh, kw, W(C / groups)).
+        groups: divides O.
+
+    Raises:
+        InputError: `groups` does not divide O.
+    """
+    w = as_words(w, 4, "w")
+    if groups < 1 or len(w) % groups:
+        raise InputError(f"groups is {groups}; expected a divisor of the {len(w)} output channels")
+    return _panels(w, groups, (w.shape[1], w.shape[2]))
+
+
+def _panels(w: Words, groups: int, kernel: Pair | None) -> Panels:
+    n = len(w)
+    each = n // groups
+    words = int(np.prod(w.shape[1:]))
+    padded = np.zeros((groups, -(-each // COLUMNS) * COLUMNS, words), np.uint64)
+    padded[:, :each] = w.reshape(groups, each, words)
+    rows = padded.reshape(groups, -1, COLUMNS, words)
+    array = _aligned((groups, rows.shape[1], words, COLUMNS))
+    array[:] = rows.transpose(0, 1, 3, 2)
+    counts = _popcount(w.reshape(n, -1, w.shape[-1])).T
+    return Panels(array, n, words, groups, kernel, np.ascontiguousarray(counts))

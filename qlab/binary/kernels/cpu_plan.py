@@ -1,0 +1,281 @@
+"""What a packed product or convolution needs besides its data: tables, sizes, chunks; worked out once, kept with the panels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qlab.binary.kernels import cpu_block
+from qlab.binary.kernels.cpu_block import COLUMNS, FLOATS, INTEGERS, SIGNS
+from qlab.binary.kernels.cpu_launch import address, launch
+from qlab.binary.kernels.cpu_panels import Panels
+from qlab.binary.kernels.reference import Floats, Ints, Pair, Words, output_size, words_for
+from qlab.errors import InputError
+
+__all__ = ["Plan", "conv_plan", "matmul_plan"]
+
+Pad = Literal["zero", "one"]
+
+RUN = 128  # rows of a chunk: their words stay in the second-level cache while the panels pass by
+MATMUL_ROWS = 1024  # rows that the tables of a matrix product describe; a larger one is cut into such "images"
+CHUNKS = 32  # wanted, so that threads finish together
+SMALL = 100_000  # products of two words (64 signs) that one thread does before another one is awake
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """Where the words of each output pixel stand.
+
+    Args:
+        places: int64 (pixels,), bytes from an image to a pixel's first tap.
+        taps: int64 (words,), bytes from there to word k.
+        classes: int64 (pixels,), which of `outside` a pixel has.
+        outside: bool (classes, taps): which taps lie outside the image.
+        padded: height and width of the image with its border.
+        size: (OH, OW).
+    """
+
+    places: NDArray[np.int64]
+    taps: NDArray[np.int64]
+    classes: NDArray[np.int64]
+    outside: NDArray[np.bool_]
+    padded: Pair
+    size: Pair
+
+
+@lru_cache(maxsize=256)
+def _geometry(
+    image: Pair, words: int, each: int, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair
+) -> _Geometry:
+    """Return the tables of a convolution over images of `words` words a pixel, `each` of them read."""
+    size = tuple(output_size(image[i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
+    if min(size) < 1:
+        raise InputError(f"a window of {kernel} with dilation {dilation} does not fit an image of {image}, padded by {padding}")
+    padded = tuple(image[i] + 2 * padding[i] for i in (0, 1))
+    pixel = 8 * words
+    starts = [np.arange(size[i]) * stride[i] for i in (0, 1)]
+    steps = [np.arange(kernel[i]) * dilation[i] for i in (0, 1)]
+    places = (starts[0][:, None] * padded[1] + starts[1]) * pixel
+    taps = ((steps[0][:, None] * padded[1] + steps[1]) * pixel)[..., None] + 8 * np.arange(each)
+    missing = []
+    for i in (0, 1):
+        at = starts[i][:, None] + steps[i] - padding[i]
+        missing.append((at < 0) | (at >= image[i]))
+    (rows, row_class), (columns, column_class) = (np.unique(m, axis=0, return_inverse=True) for m in missing)
+    outside = rows[:, None, :, None] | columns[None, :, None, :]
+    classes = row_class.reshape(-1, 1) * len(columns) + column_class.reshape(1, -1)
+    return _Geometry(
+        places.astype(np.int64).ravel(),
+        taps.astype(np.int64).ravel(),
+        classes.astype(np.int64).ravel(),
+        outside.reshape(len(rows) * len(columns), -1),
+        (padded[0], padded[1]),
+        (size[0], size[1]),
+    )
+
+
+class Plan:
+    """A product or convolution of given shapes and weights; call one of its methods with the data.
+
+    Args:
+        panels: the weights.
+        geometry: where a row's words stand.
+        rows: rows (output pixels) in all.
+        image_stride: bytes from one image to the next.
+        group_stride: bytes from one group's words to the next's, within a pixel.
+        bias: int64 (classes, O).
+        shift, complement, planes, plane_stride: see `cpu_gemm`.
+    """
+
+    def __init__(
+        self,
+        panels: Panels,
+        geometry: _Geometry,
+        rows: int,
+        image_stride: int,
+        bias: NDArray[np.int64],
+        group_stride: int = 0,
+        shift: int = 1,
+        complement: int = 0,
+        planes: int = 1,
+        plane_stride: int = 0,
+    ) -> None:
+        self.panels, self.geometry, self.rows, self.bias, self.shift = panels, geometry, rows, bias, shift
+        each, count = len(geometry.places), panels.groups * panels.per_group
+        run = min(RUN, -(-each // 8) * 8)
+        row_chunks = -(-rows // each) * -(-each // run)
+        panel_run = max(1, count * row_chunks // CHUNKS)
+        self.chunks = row_chunks * -(-count // panel_run)
+        self.serial = rows * panels.n * panels.words * planes < SMALL
+        self._bias_table = self._columns(bias)
+        block = [0] * cpu_block.LENGTH
+        for index, value in (
+            (cpu_block.ROWS, rows),
+            (cpu_block.ROWS_EACH, each),
+            (cpu_block.IMAGE_STRIDE, image_stride),
+            (cpu_block.PLACES, address(geometry.places)),
+            (cpu_block.TAPS, address(geometry.taps)),
+            (cpu_block.WORDS, panels.words),
+            (cpu_block.PLANES, planes),
+            (cpu_block.PLANE_STRIDE, plane_stride),
+            (cpu_block.CLASSES, address(geometry.classes)),
+            (cpu_block.CLASS_STRIDE, count * COLUMNS * 8),
+            (cpu_block.PANEL, address(panels.array)),
+            (cpu_block.PANELS, count),
+            (cpu_block.PANELS_PER_GROUP, panels.per_group),
+            (cpu_block.GROUP_CHANNELS, panels.n // panels.groups),
+            (cpu_block.GROUP_STRIDE, group_stride),
+            (cpu_block.SHIFT, shift),
+            (cpu_block.COMPLEMENT, complement),
+            (cpu_block.ROW_RUN, run),
+            (cpu_block.PANEL_RUN, panel_run),
+        ):
+            block[index] = value
+        self._block = block
+
+    def _columns(self, table: NDArray[np.int64], fill: int = 0) -> NDArray[np.int64]:
+        """Return (classes, O) as the kernel's table (classes, groups, panels per group, 16)."""
+        groups, width = self.panels.groups, self.panels.per_group * COLUMNS
+        each = self.panels.n // groups
+        if each == width:
+            return np.ascontiguousarray(table)
+        padded = np.full((len(table), groups, width), fill, np.int64)
+        padded[..., :each] = table.reshape(len(table), groups, each)
+        return padded
+
+    @property
+    def whole_bytes(self) -> bool:
+        """Whether the signs of a panel start at a byte of their own, so that the kernel can write bits."""
+        return self.panels.groups == 1 or self.panels.n // self.panels.groups % COLUMNS == 0
+
+    def limits(self, threshold: Ints) -> NDArray[np.int64]:
+        """Return the table that `signs` compares with, for thresholds int32 (O,): bit = z < threshold."""
+        table = (self.bias - threshold.astype(np.int64)) >> self.shift
+        return self._columns(table, fill=np.iinfo(np.int64).max)  # columns that are none are never above it
+
+    def integers(self, x: Words, out: Ints) -> None:
+        """Write the products z into int32 rows."""
+        self._run(x, INTEGERS, self._bias_table, out, 4 * self.panels.n)
+
+    def signs(self, x: Words, limits: NDArray[np.int64], flip: Words, out: Words) -> None:
+        """Write the bits (z < threshold) xor flip into rows of words."""
+        self._run(x, SIGNS, limits, out, 8 * words_for(self.panels.n), {cpu_block.FLIP: address(flip)})
+
+    def floats(
+        self, x: Words, alpha: Floats, beta: Floats, fused: bool, residual: Floats | None, out: Floats, bits: Words | None
+    ) -> None:
+        """Write z alpha + beta (+ residual) into float32 rows, and the bits of its signs; alpha and beta have whole panels."""
+        more = {
+            cpu_block.ALPHA: address(alpha),
+            cpu_block.BETA: address(beta),
+            cpu_block.FUSED: int(fused),
+            cpu_block.RESIDUAL: 0 if residual is None else address(residual),
+            cpu_block.SIGN_BITS: 0 if bits is None else address(bits),
+            cpu_block.SIGN_STRIDE: 8 * words_for(self.panels.n),
+        }
+        self._run(x, FLOATS, self._bias_table, out, 4 * self.panels.n, more)
+
+    def _run(
+        self, x: Words, kind: int, table: NDArray[np.int64], out: Any, out_stride: int, more: dict[int, int] | None = None
+    ) -> None:
+        if not out.size:
+            return
+        block = self._block.copy()
+        block[cpu_block.X] = address(x)
+        block[cpu_block.KIND] = kind
+        block[cpu_block.BIAS] = address(table)
+        block[cpu_block.OUT] = address(out)
+        block[cpu_block.OUT_STRIDE] = out_stride
+        for index, value in (more or {}).items():
+            block[index] = value
+        launch("gemm", block, self.chunks, self.serial)
+
+
+@lru_cache(maxsize=256)
+def _rows(count: int, words: int) -> _Geometry:
+    """Return the tables of a matrix: rows one after the other."""
+    zeros = np.zeros(count, np.int64)
+    starts, taps = np.arange(count, dtype=np.int64) * (8 * words), np.arange(words, dtype=np.int64) * 8
+    return _Geometry(starts, taps, zeros, np.zeros((1, 1), bool), (1, count), (1, count))
+
+
+def matmul_plan(panels: Panels, rows: int, k: int | None, planes: int = 1) -> Plan:
+    """Return the plan of (M, W) words times the rows of `panels`.
+
+    Args:
+        panels: of `prepack`.
+        rows: M.
+        k: K for signs; None for binary digits {0, 1}, of which there may be several planes (P, M, W).
+        planes: P.
+    """
+    key = ("matmul", rows, k, planes)
+    if key not in panels.plans:
+        each = max(1, min(rows, MATMUL_ROWS))
+        panels.plans[key] = Plan(
+            panels,
+            _rows(each, panels.words),
+            rows,
+            image_stride=each * panels.words * 8,
+            plane_stride=rows * panels.words * 8,
+            **_meaning(panels, np.zeros((1, 1), bool), k, planes),
+        )
+    return panels.plans[key]
+
+
+def conv_plan(
+    panels: Panels,
+    shape: tuple[int, int, int, int],
+    channels: int | None,
+    stride: Pair,
+    padding: Pair,
+    dilation: Pair,
+    pad: Pad,
+    planes: int = 1,
+) -> Plan:
+    """Return the plan of a convolution over words of `shape` (N, H, W, words), of which a group reads its own share.
+
+    Args:
+        panels: of `prepack_conv`.
+        shape: of the input before its border of `padding` is added.
+        channels: C / groups for signs; None for binary digits, of which there may be several planes.
+        stride, padding, dilation: as in torch.
+        pad: what the border counts: "zero" nothing, "one" +1.
+        planes: P.
+    """
+    key = (shape, channels, stride, padding, dilation, pad, planes)
+    if key not in panels.plans:
+        if panels.kernel is None:
+            raise InputError("these panels are of a matrix; rearrange the weights of a convolution with prepack_conv")
+        n, height, width, words = shape
+        each = panels.words // (panels.kernel[0] * panels.kernel[1])
+        geometry = _geometry((height, width), words, each, panels.kernel, stride, padding, dilation)
+        outside = geometry.outside if pad == "zero" else np.zeros_like(geometry.outside)
+        image = geometry.padded[0] * geometry.padded[1] * words * 8
+        panels.plans[key] = Plan(
+            panels,
+            geometry,
+            n * geometry.size[0] * geometry.size[1],
+            image_stride=image,
+            group_stride=8 * each,
+            plane_stride=n * image,
+            **_meaning(panels, outside, channels, planes),
+        )
+    return panels.plans[key]
+
+
+def _meaning(panels: Panels, outside: NDArray[np.bool_], k: int | None, planes: int) -> dict[str, Any]:
+    """Return bias, shift and complement: what the counted bits mean.
+
+    Signs: z = k (taps inside) - 2 (u - u of the taps outside), where the border's words are 0.
+    Digits: a tap's product is u - popcount(w), in each plane; z = sum_n 2^n u_n - (2^P - 1) popcount(w).
+    """
+    if k is None:
+        total = panels.counts.sum(0)
+        bias = np.broadcast_to(-((1 << planes) - 1) * total - 1, (len(outside), panels.n))
+        return {"bias": bias, "shift": 0, "complement": -1, "planes": planes}
+    taps = (~outside).sum(1)[:, None] * k
+    return {"bias": taps + 2 * (outside.astype(np.int64) @ panels.counts)}
