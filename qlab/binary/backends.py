@@ -23,6 +23,7 @@ from qlab.binary.bits import unpack, words_to_array
 from qlab.binary.floats import FLOAT_OPS, ORDER_SENSITIVE
 from qlab.binary.graph import Graph, Step
 from qlab.binary.kernels import reference
+from qlab.binary.ops import signed_sum_matmul
 from qlab.quantizers import hard_sign
 
 __all__ = ["Backend", "Simulation", "WordKernels", "Words"]
@@ -67,7 +68,7 @@ class Backend:
         """Return the values of one step."""
         if step.op in FLOAT_OPS:
             if step.op in ORDER_SENSITIVE:
-                inputs = [_standard(x) for x in inputs]
+                inputs = [standard(x) for x in inputs]
             tensors = {role: self.tensors[name] for role, name in step.tensors.items()}
             return (FLOAT_OPS[step.op](inputs, tensors, step.options),)
         method: Callable[..., Any] = getattr(self, step.op)
@@ -97,23 +98,40 @@ class Backend:
     def sign_weight_conv2d(self, step: Step, x: Tensor) -> Tensor:
         """Unpack the weights for this one product and let torch multiply: the sums of the original net."""
         o = step.options
-        signs = unpack(self.tensor(step, "weight"), o["channels"] // o["groups"]).permute(0, 3, 1, 2)
-        weight = self._scaled(signs, self.optional(step, "scale"))
+        weight = self._unpacked(step, o["channels"] // o["groups"]).permute(0, 3, 1, 2)
         window = (tuple(o["stride"]), tuple(o["padding"]), tuple(o["dilation"]), o["groups"])
-        return F.conv2d(_standard(x), weight, self.optional(step, "bias"), *window)
+        return F.conv2d(standard(x), self._scaled(step, weight), self.optional(step, "bias"), *window)
 
     def sign_weight_linear(self, step: Step, x: Tensor) -> Tensor:
-        """Unpack the weights for this one product and let torch multiply: the sums of the original net."""
-        signs = unpack(self.tensor(step, "weight"), step.options["features"])
-        return F.linear(_standard(x), self._scaled(signs, self.optional(step, "scale")), self.optional(step, "bias"))
+        """Unpack the weights for this one product, or weigh with the bits themselves, as the step says."""
+        features = step.options["features"]
+        if step.options["product"] == "unpack":
+            weight = self._scaled(step, self._unpacked(step, features))
+            return F.linear(standard(x), weight, self.optional(step, "bias"))
+        y = signed_sum_matmul(standard(x), self.tensor(step, "weight"))
+        scale, bias = self.optional(step, "scale"), self.optional(step, "bias")
+        y = y if scale is None else y * scale
+        return y if bias is None else y + bias
 
-    @staticmethod
-    def _scaled(signs: Tensor, scale: Tensor | None) -> Tensor:
-        weight = _standard(signs.float())
+    def _unpacked(self, step: Step, length: int) -> Tensor:
+        """Return sign weights as floats."""
+        words = self.tensor(step, "weight")
+        if words.is_cuda:
+            return unpack(words, length).float()
+        eights = _SIGNS[words.numpy().view(np.uint8)]  # a table of bytes: eight signs at a time
+        return torch.from_numpy(eights.reshape(*words.shape[:-1], -1)[..., :length])
+
+    def _scaled(self, step: Step, signs: Tensor) -> Tensor:
+        weight, scale = standard(signs), self.optional(step, "scale")
         return weight if scale is None else weight * scale.view(-1, *(1 for _ in weight.shape[1:]))
 
 
-def _standard(x: Tensor) -> Tensor:
+_SIGNS = (
+    1 - 2 * np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little").astype(np.int8)
+).astype(np.float32)
+
+
+def standard(x: Tensor) -> Tensor:
     """Return x with the strides of a fresh tensor: those of a size of one are free, and torch chooses its kernels by them."""
     return x.contiguous().view(-1).view(x.shape)
 

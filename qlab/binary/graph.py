@@ -187,6 +187,9 @@ class Graph:
                 raise InputError(f"step {i} ({step.layer or step.op!r}): {error}") from error
         if values.get(self.output) != "float":
             raise InputError(f"the output {self.output!r} is no float value that a step gives")
+        from qlab.binary.shapes import infer  # it reads graphs, so it imports this module
+
+        infer(self)
         return self
 
 

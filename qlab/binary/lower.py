@@ -171,7 +171,7 @@ class Lowering:
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
         if array.dtype == np.float64:
             array = array.astype(np.float32)
-        self.tensors[name] = np.ascontiguousarray(array)
+        self.tensors[name] = np.array(array, order="C")  # not ascontiguousarray: it makes a scalar a vector
         return name
 
     def emit(

@@ -25,7 +25,6 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from qlab.binary.kernels import cpu_block as B
@@ -35,7 +34,8 @@ from qlab.binary.kernels.cpu_ir import (
     I16,
     I32,
     I64,
-    address_of,
+    Columns,
+    affine,
     call,
     constant,
     fetch,
@@ -116,47 +116,6 @@ def _popcounts(builder: ir.IRBuilder, block: ir.Value, starts: list[ir.Value], p
     return [[new[r * VECTORS + v] for v in range(VECTORS)] for r in range(len(starts))]
 
 
-class _Columns:
-    """Sixteen columns of a row in memory, or fewer in the last panel: those go through a buffer on the stack."""
-
-    def __init__(self, builder: ir.IRBuilder, valid: ir.Value) -> None:
-        self.builder, self.valid = builder, valid
-        self.partial = builder.icmp_signed("<", valid, constant(COLUMNS))
-        self.buffer = address_of(builder, cgutils.alloca_once(builder, ir.ArrayType(I32, COLUMNS)))
-
-    def _copy(self, source: ir.Value, target: ir.Value) -> None:
-        with cgutils.for_range(self.builder, self.valid) as loop:
-            at = self.builder.mul(loop.index, constant(4))
-            word = load(self.builder, self.builder.add(source, at), I32, align=4)
-            store(self.builder, word, self.builder.add(target, at))
-
-    def load(self, address: ir.Value, kind: ir.Type) -> ir.Value:
-        with self.builder.if_then(self.partial, likely=False):
-            store(self.builder, constant(0, vector(I32, COLUMNS)), self.buffer)
-            self._copy(address, self.buffer)
-        return load(self.builder, self.builder.select(self.partial, self.buffer, address), kind, align=4)
-
-    def store(self, value: ir.Value, address: ir.Value) -> None:
-        store(self.builder, value, self.builder.select(self.partial, self.buffer, address))
-        with self.builder.if_then(self.partial, likely=False):
-            self._copy(self.buffer, address)
-
-
-def _affine(builder: ir.IRBuilder, z: ir.Value, alpha: ir.Value, beta: ir.Value, fused: ir.Value) -> ir.Value:
-    """Return z alpha + beta, rounded once or twice. Both ways are written out: the compiler never contracts the second."""
-    with builder.if_else(fused) as (once, twice):
-        with once:
-            first = call(builder, f"llvm.fma.v{COLUMNS}f32", z, alpha, beta)
-            first_block = builder.block
-        with twice:
-            second = builder.fadd(builder.fmul(z, alpha), beta)
-            second_block = builder.block
-    y = builder.phi(z.type)
-    y.add_incoming(first, first_block)
-    y.add_incoming(second, second_block)
-    return y
-
-
 def _tile(rows: int) -> Any:
     """Return the intrinsic tile(block, x, row, first, panel, channel, valid, place of bias) for that many rows."""
 
@@ -174,14 +133,10 @@ def _tile(rows: int) -> Any:
             u = [[builder.xor(part, complement) for part in parts] for parts in u]
             classes = builder.add(_field(builder, block, B.CLASSES), builder.mul(row, constant(8)))
             stride = _field(builder, block, B.CLASS_STRIDE)
-            tables = [
-                builder.add(bias, builder.mul(load(builder, classes, I64, 8 * r), stride)) for r in range(rows)
-            ]
+            tables = [builder.add(bias, builder.mul(load(builder, classes, I64, 8 * r), stride)) for r in range(rows)]
             kind = _field(builder, block, B.KIND)
             out, out_stride = _field(builder, block, B.OUT), _field(builder, block, B.OUT_STRIDE)
-            lines = [
-                builder.add(out, builder.mul(builder.add(first, constant(r)), out_stride)) for r in range(rows)
-            ]
+            lines = [builder.add(out, builder.mul(builder.add(first, constant(r)), out_stride)) for r in range(rows)]
             is_signs = builder.icmp_signed("==", kind, constant(SIGNS))
             at_bit = builder.lshr(channel, constant(3))
             at_column = builder.mul(channel, constant(4))
@@ -196,15 +151,13 @@ def _tile(rows: int) -> Any:
                         mask = builder.bitcast(join(builder, *bits), I16)
                         store(builder, builder.xor(mask, flip), builder.add(lines[r], at_bit), align=2)
                 with numbers:
-                    columns = _Columns(builder, valid)
+                    columns = Columns(builder, valid)
                     shift = splat(builder, _field(builder, block, B.SHIFT), LANES)
                     z = []
                     for r in range(rows):
                         parts = [
                             builder.trunc(
-                                builder.sub(
-                                    load(builder, tables[r], wide, 8 * LANES * v), builder.shl(u[r][v], shift)
-                                ),
+                                builder.sub(load(builder, tables[r], wide, 8 * LANES * v), builder.shl(u[r][v], shift)),
                                 vector(I32, LANES),
                             )
                             for v in range(VECTORS)
@@ -226,7 +179,7 @@ def _tile(rows: int) -> Any:
 def _floats(
     builder: ir.IRBuilder,
     block: ir.Value,
-    columns: _Columns,
+    columns: Columns,
     z: list[ir.Value],
     lines: list[ir.Value],
     first: ir.Value,
@@ -243,7 +196,7 @@ def _floats(
     stride, sign_stride = _field(builder, block, B.OUT_STRIDE), _field(builder, block, B.SIGN_STRIDE)
     for r, line in enumerate(lines):
         row = builder.add(first, constant(r))
-        y = _affine(builder, builder.sitofp(z[r], kind), alpha, beta, fused)
+        y = affine(builder, builder.sitofp(z[r], kind), alpha, beta, fused)
         without = builder.block
         with builder.if_then(builder.icmp_signed("!=", residual, constant(0))):
             place = builder.add(builder.add(residual, builder.mul(row, stride)), at_column)

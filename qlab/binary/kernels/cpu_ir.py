@@ -17,11 +17,16 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from qlab.binary.kernels.cpu_block import COLUMNS
+
 __all__ = [
+    "F32",
+    "I1",
     "I16",
     "I32",
     "I64",
-    "address_of",
+    "Columns",
+    "affine",
     "call",
     "constant",
     "fetch",
@@ -29,7 +34,7 @@ __all__ = [
     "load",
     "poke",
     "read",
-    "reading",
+    "read_byte",
     "signature",
     "splat",
     "store",
@@ -38,7 +43,7 @@ __all__ = [
     "wide_registers",
 ]
 
-I1, I16, I32, I64, F32 = ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+I1, I8, I16, I32, I64, F32 = (*(ir.IntType(bits) for bits in (1, 8, 16, 32, 64)), ir.FloatType())
 
 
 def wide_registers() -> bool:
@@ -93,9 +98,47 @@ def call(builder: ir.IRBuilder, name: str, *arguments: ir.Value) -> ir.Value:
     return builder.call(cgutils.get_or_insert_function(builder.module, function, name), arguments)
 
 
-def address_of(builder: ir.IRBuilder, pointer: ir.Value) -> ir.Value:
-    """Return a pointer as an integer."""
-    return builder.ptrtoint(pointer, I64)
+class Columns:
+    """Sixteen columns of a row in memory, or fewer in the last panel: those go through a buffer on the stack."""
+
+    def __init__(self, builder: ir.IRBuilder, valid: ir.Value) -> None:
+        self.builder, self.valid = builder, valid
+        self.partial = builder.icmp_signed("<", valid, constant(COLUMNS))
+        self.buffer = builder.ptrtoint(cgutils.alloca_once(builder, ir.ArrayType(I32, COLUMNS)), I64)
+
+    def _copy(self, source: ir.Value, target: ir.Value) -> None:
+        with cgutils.for_range(self.builder, self.valid) as loop:
+            at = self.builder.mul(loop.index, constant(4))
+            word = load(self.builder, self.builder.add(source, at), I32, align=4)
+            store(self.builder, word, self.builder.add(target, at))
+
+    def load(self, address: ir.Value, kind: ir.Type) -> ir.Value:
+        """Return the columns at an address, 0 for those that are none."""
+        with self.builder.if_then(self.partial, likely=False):
+            store(self.builder, constant(0, vector(I32, COLUMNS)), self.buffer)
+            self._copy(address, self.buffer)
+        return load(self.builder, self.builder.select(self.partial, self.buffer, address), kind, align=4)
+
+    def store(self, value: ir.Value, address: ir.Value) -> None:
+        """Store the columns at an address."""
+        store(self.builder, value, self.builder.select(self.partial, self.buffer, address))
+        with self.builder.if_then(self.partial, likely=False):
+            self._copy(self.buffer, address)
+
+
+def affine(builder: ir.IRBuilder, z: ir.Value, alpha: ir.Value, beta: ir.Value, fused: ir.Value) -> ir.Value:
+    """Return z alpha + beta, rounded once or twice. Both ways are written out: the compiler never contracts the second."""
+    with builder.if_else(fused) as (once, twice):
+        with once:
+            first = call(builder, f"llvm.fma.v{z.type.count}f32", z, alpha, beta)
+            first_block = builder.block
+        with twice:
+            second = builder.fadd(builder.fmul(z, alpha), beta)
+            second_block = builder.block
+    y = builder.phi(z.type)
+    y.add_incoming(first, first_block)
+    y.add_incoming(second, second_block)
+    return y
 
 
 def signature(arguments: int, result: Any = types.void) -> Any:
@@ -103,20 +146,24 @@ def signature(arguments: int, result: Any = types.void) -> Any:
     return result(*[types.int64] * arguments)
 
 
-def reading(kind: ir.Type, result: Any) -> Any:
-    """Return an intrinsic f(address) that reads a value of a scalar type, widened to `result`."""
+@intrinsic
+def read(_context: Any, address: Any) -> Any:
+    """read(address): one word."""
 
-    @intrinsic
-    def peek(_context: Any, address: Any) -> Any:
-        def emit(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> ir.Value:
-            return load(builder, arguments[0], kind, align=4)
+    def emit(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> ir.Value:
+        return load(builder, arguments[0], I64)
 
-        return result(types.int64), emit
-
-    return peek
+    return signature(1, types.int64), emit
 
 
-read = reading(I64, types.int64)
+@intrinsic
+def read_byte(_context: Any, address: Any) -> Any:
+    """read_byte(address): one byte, 0 to 255."""
+
+    def emit(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> ir.Value:
+        return builder.zext(load(builder, arguments[0], I8, align=1), I64)
+
+    return signature(1, types.int64), emit
 
 
 @intrinsic

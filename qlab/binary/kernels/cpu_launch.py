@@ -1,8 +1,8 @@
 """How a CPU kernel is compiled and run: lazily, once, on as many threads as torch uses.
 
 The threads are torch's own: its OpenMP runtime is asked to run the kernel (`GOMP_parallel`), so there is one pool, no
-oversubscription when torch and packed layers take turns, `torch.set_num_threads` counts, and calls from several
-Python threads are safe. Numba's own layers would each start a second pool beside torch's, and one of them aborts the process when two
+oversubscription when torch and packed layers take turns, `torch.set_num_threads` counts, and calls from several Python
+threads are safe. Numba's layers would start a second pool beside torch's, and one of them aborts the process when two
 threads call it. Where torch brings no such runtime (macOS, Windows), Python threads run the same kernel: it holds no GIL.
 """
 
@@ -29,6 +29,12 @@ SLOW = 2.0  # seconds of compilation that are worth a line
 
 KERNELS = {
     "gemm": "cpu_gemm",
+    "digits": "cpu_bits",
+    "pack_planes": "cpu_bits",
+    "pack_rows": "cpu_bits",
+    "pool": "cpu_bits",
+    "signed_sums": "cpu_bits",
+    "threshold_rows": "cpu_bits",
 }
 
 _lock = threading.RLock()
@@ -73,11 +79,11 @@ def compile_kernel(name: str) -> Any:
 
         start = time.perf_counter()
         function = getattr(importlib.import_module(f"qlab.binary.kernels.{KERNELS[name]}"), name)
-        how = {"error_model": "numpy"}
+        one_word = types.void(types.int64)
         try:
-            kernel = cfunc(types.void(types.int64), cache=True, **how)(function)
+            kernel = cfunc(one_word, cache=True, error_model="numpy")(function)
         except RuntimeError:  # no folder to keep it in
-            kernel = cfunc(types.void(types.int64), **how)(function)
+            kernel = cfunc(one_word, error_model="numpy")(function)
         before, _seconds = _seconds, _seconds + time.perf_counter() - start
         if before < SLOW <= _seconds:
             log.info("compiling the CPU kernels of packed nets; this happens once per machine and version")

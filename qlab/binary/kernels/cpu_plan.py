@@ -54,7 +54,9 @@ def _geometry(
     """Return the tables of a convolution over images of `words` words a pixel, `each` of them read."""
     size = tuple(output_size(image[i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
     if min(size) < 1:
-        raise InputError(f"a window of {kernel} with dilation {dilation} does not fit an image of {image}, padded by {padding}")
+        raise InputError(
+            f"a window of {kernel} with dilation {dilation} does not fit an image of {image}, padded by {padding}"
+        )
     padded = tuple(image[i] + 2 * padding[i] for i in (0, 1))
     pixel = 8 * words
     starts = [np.arange(size[i]) * stride[i] for i in (0, 1)]
@@ -166,7 +168,14 @@ class Plan:
         self._run(x, SIGNS, limits, out, 8 * words_for(self.panels.n), {cpu_block.FLIP: address(flip)})
 
     def floats(
-        self, x: Words, alpha: Floats, beta: Floats, fused: bool, residual: Floats | None, out: Floats, bits: Words | None
+        self,
+        x: Words,
+        alpha: Floats,
+        beta: Floats,
+        fused: bool,
+        residual: Floats | None,
+        out: Floats,
+        bits: Words | None,
     ) -> None:
         """Write z alpha + beta (+ residual) into float32 rows, and the bits of its signs; alpha and beta have whole panels."""
         more = {
@@ -180,7 +189,13 @@ class Plan:
         self._run(x, FLOATS, self._bias_table, out, 4 * self.panels.n, more)
 
     def _run(
-        self, x: Words, kind: int, table: NDArray[np.int64], out: Any, out_stride: int, more: dict[int, int] | None = None
+        self,
+        x: Words,
+        kind: int,
+        table: NDArray[np.int64],
+        out: Any,
+        out_stride: int,
+        more: dict[int, int] | None = None,
     ) -> None:
         if not out.size:
             return
@@ -248,8 +263,7 @@ def conv_plan(
     """
     key = (shape, channels, stride, padding, dilation, pad, planes)
     if key not in panels.plans:
-        if panels.kernel is None:
-            raise InputError("these panels are of a matrix; rearrange the weights of a convolution with prepack_conv")
+        assert panels.kernel is not None
         n, height, width, words = shape
         each = panels.words // (panels.kernel[0] * panels.kernel[1])
         geometry = _geometry((height, width), words, each, panels.kernel, stride, padding, dilation)

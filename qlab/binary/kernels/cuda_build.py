@@ -7,16 +7,28 @@ and in the tests is then the same text, and the key of every cache is a hash of 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from qlab.errors import QlabError
 
-__all__ = ["ARCHITECTURES", "SOURCES", "cached", "compile_cubin", "kernel_names", "source"]
+__all__ = [
+    "ARCHITECTURES",
+    "SOURCES",
+    "cached",
+    "compile_cubin",
+    "compiler_version",
+    "definitions",
+    "kernel_names",
+    "publish",
+    "source",
+]
 
 CSRC = Path(__file__).parent / "csrc"
 
@@ -66,7 +78,7 @@ def definitions(macros: Macros) -> tuple[str, ...]:
     return tuple(f"-D{name}={value}" for name, value in sorted(macros.items()))
 
 
-def compile_cubin(name: str, architecture: str, macros: Macros | None = None) -> tuple[bytes, str]:
+def compile_cubin(name: str, architecture: str, options: Sequence[str] = ()) -> tuple[bytes, str]:
     """Return the machine code of a source for an architecture, and what the compiler had to say (empty if nothing).
 
     Uses NVRTC, the compiler that CuPy loads; needs no GPU.
@@ -74,13 +86,13 @@ def compile_cubin(name: str, architecture: str, macros: Macros | None = None) ->
     Args:
         name: one of `SOURCES`.
         architecture: such as "sm_80".
-        macros: tile sizes and flags, see the source.
+        options: more of them; tile sizes and flags from `definitions`.
 
     Raises:
         QlabError: CuPy or NVRTC is missing, or the source does not compile.
     """
     nvrtc = _nvrtc()
-    options = (f"-arch={architecture}", "-std=c++17", "-diag-suppress=177", *definitions(macros or {}))
+    options = (f"-arch={architecture}", "-std=c++17", "-diag-suppress=177", *options)
     program = nvrtc.createProgram(source(name), f"{name}.cu", (), ())
     try:
         nvrtc.compileProgram(program, options)
@@ -93,9 +105,9 @@ def compile_cubin(name: str, architecture: str, macros: Macros | None = None) ->
         nvrtc.destroyProgram(program)
 
 
-def _nvrtc():  # type: ignore[no-untyped-def]  # a compiled module without types
+def _nvrtc() -> Any:
     try:
-        from cupy_backends.cuda.libs import nvrtc
+        nvrtc = importlib.import_module("cupy_backends.cuda.libs.nvrtc")
     except ImportError as error:
         raise QlabError(
             "compiling CUDA sources needs CuPy: pip install 'qlab[cuda13]' (or 'qlab[cuda12]' for a CUDA 12 driver)"
@@ -122,9 +134,9 @@ def cached(kind: str, key: str, suffix: str) -> Path:
         key: everything that decides the file's content.
         suffix: such as ".so".
     """
-    import pooch
+    from qlab.data.sources import cache_folder
 
-    folder = Path(os.environ.get("QLAB_CACHE") or pooch.os_cache("qlab")) / kind
+    folder = cache_folder() / kind
     folder.mkdir(parents=True, exist_ok=True)
     return folder / (hashlib.sha256(key.encode()).hexdigest() + suffix)
 

@@ -16,10 +16,3 @@ __device__ __forceinline__ u32 valid_bits(int first, int columns) {
     int left = columns - first;
     return left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1u;
 }
-
-// Popcounts of K-bit words: how many bits of a row are 1 (the sum of the digits; the number of -1).
-__device__ __forceinline__ int popcount_words(const u64* words, int count) {
-    int sum = 0;
-    for (int i = 0; i < count; ++i) sum += __popcll(words[i]);
-    return sum;
-}

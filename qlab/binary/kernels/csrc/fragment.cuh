@@ -17,7 +17,7 @@ struct Finish {
         int t = lane % 4, base = row < rows ? k - 2 * a_popcounts[row] : 0;
 #pragma unroll
         for (int part = 0; part < NT / 4; ++part) {
-            u32 bits = 0;
+            [[maybe_unused]] u32 bits = 0;
 #pragma unroll
             for (int tile = part * 4; tile < part * 4 + 4; ++tile)
 #pragma unroll

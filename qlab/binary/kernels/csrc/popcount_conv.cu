@@ -5,6 +5,8 @@
 // Padding "zero" takes those taps out again: with p[o, t] = popc(w[o, t]), what a tap of zeros had counted, and V valid taps,
 //     z = V C/G - 2 (popcount - sum over taps t outside of p[o, t]).
 // Only positions at the border do this. blockIdx.z is the group.
+//
+// With DIGITS = 1, x holds digits {0, 1} and 0 outside pads exactly: z = popc(a) - 2 popc(a and w), popc(a) counted while a is copied.
 #include "common.cuh"
 #include "epilogue.cuh"
 #include "popcount_tile.cuh"
@@ -25,6 +27,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     __shared__ Tile tile;
     __shared__ long long image[BM];        // first word of the row's picture
     __shared__ int top[BM], left[BM];      // where the row's first tap lies
+#if DIGITS
+    __shared__ int digits[BM];
+#endif
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     int taps = kernel_h * kernel_w, words = taps * group_words, pixel_words = groups * group_words;
     long long row0 = (long long)blockIdx.x * BM, rows = (long long)batch * out_height * out_width;
@@ -37,6 +42,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
         image[r] = row / ((long long)out_height * out_width) * height * width * pixel_words;
         top[r] = row < rows ? position / out_width * stride_h - pad_h : height;  // a row too many has no tap inside
         left[r] = position % out_width * stride_w - pad_w;
+#if DIGITS
+        digits[r] = 0;
+#endif
     }
     __syncthreads();
 
@@ -54,6 +62,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
                     value = x[image[r] + ((long long)h * width + v) * pixel_words + group * group_words + q % group_words];
             }
             tile.a[r][i % BK] = value;
+#if DIGITS
+            atomicAdd(&digits[r], __popcll(value));
+#endif
         }
         for (int i = threadIdx.x; i < BN * BK; i += THREADS) {
             int c = i / BK, q = first + i % BK;
@@ -88,7 +99,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
                     if (th < h0 || th >= h1 || tw < w0 || tw >= w1)
                         count -= tap_popcounts[((long long)group * group_outputs + column) * taps + t];
                 }
+#if DIGITS
+            int z = digits[r] - 2 * count;
+#else
             int z = valid * group_channels - 2 * count;
+#endif
 #if PACKED
             epilogue.store_lanes(row, column0 + j * 32, lane, z);
 #else

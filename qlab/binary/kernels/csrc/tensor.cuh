@@ -56,17 +56,17 @@ __device__ __forceinline__ void mma_and_popc(int (&c)[4], const u32 (&a)[4], u32
 #endif
 
 // Start copying ROWS rows of 16 words from `first_word` on into a tile; what lies outside the matrix becomes 0.
-// CHUNK is 16 where every row of the matrix begins at a multiple of 16 bytes, else 8.
-template <int ROWS, int THREADS, int CHUNK>
+// BYTES is 16 where every row of the matrix begins at a multiple of 16 bytes, else 8.
+template <int ROWS, int THREADS, int BYTES>
 __device__ __forceinline__ void copy_tile(u32 tile, const u64* matrix, long long first_row, long long rows, int first_word,
                                           int words) {
-    constexpr int WORDS = CHUNK / 8, PER_ROW = ROW_WORDS / WORDS;
+    constexpr int WORDS = BYTES / 8, PER_ROW = ROW_WORDS / WORDS;
     static_assert(ROWS * PER_ROW % THREADS == 0, "every thread copies as much");
 #pragma unroll
     for (int n = 0; n < ROWS * PER_ROW / THREADS; ++n) {
         int i = n * THREADS + threadIdx.x, r = i / PER_ROW, word = i % PER_ROW * WORDS;
         bool inside = first_row + r < rows && first_word + word < words;
         const u64* from = inside ? matrix + (first_row + r) * words + first_word + word : matrix;
-        copy_async<CHUNK>(tile + chunk_place(r, word / 2) + word % 2 * 8, from, inside ? CHUNK : 0);
+        copy_async<BYTES>(tile + chunk_place(r, word / 2) + word % 2 * 8, from, inside ? BYTES : 0);
     }
 }

@@ -4,8 +4,9 @@
 // runs until it must wait for the others (__syncthreads, a warp's ballot, shuffle or matrix instruction); a coroutine that waits
 // for a partner which never comes is an error, not a hang. Nothing here is faster or more forgiving than it must be:
 //   * dynamic shared memory starts as garbage;
-//   * copies in the background (cp.async, wgmma) happen as late as they may, at the wait that demands them, so that a missing
-//     wait, or a tile overwritten too early, gives wrong numbers here too.
+//   * work in the background (copies by cp.async, products by wgmma) happens as late as it may, at the wait that demands it, so
+//     that a missing wait gives wrong numbers here too; with EAGER_COPIES = 1 copies happen at once, so that a tile which is
+//     overwritten while others still read it does.
 // Not modelled: the memory model between threads (coroutines see every write at once), and anything of time.
 #pragma once
 #include <ucontext.h>
@@ -156,12 +157,17 @@ void call(void (*kernel)(Arguments...), void** arguments, std::index_sequence<I.
 
 inline std::mutex one_launch;
 
-// As cudaLaunchKernel: grid and block of three, pointers to the arguments. Returns the text of an error, or null.
+// As cudaLaunchKernel, but that the arguments come with their sizes, to be checked. Returns the text of an error, or null.
 template <typename... Arguments>
-const char* launch(void (*kernel)(Arguments...), const unsigned* grid, unsigned block, unsigned shared, void** arguments) {
+const char* launch(void (*kernel)(Arguments...), const unsigned* grid, unsigned block, unsigned shared, unsigned count,
+                   const unsigned* sizes, void** arguments) {
     static std::string error;
     std::lock_guard lock(one_launch);
     try {
+        constexpr unsigned expected[] = {sizeof(Arguments)...};
+        if (count != sizeof...(Arguments)) throw std::runtime_error("not as many arguments as the kernel has");
+        for (unsigned i = 0; i < count; ++i)
+            if (sizes[i] != expected[i]) throw std::runtime_error("argument " + std::to_string(i) + " is not of the kernel's type");
         if (block % WARP) throw std::runtime_error("the block is not made of whole warps");
         if (shared > SHARED_LIMIT) throw std::runtime_error("more shared memory than a block can have");
         while (threads.size() < block) threads.push_back(std::make_unique<Thread>());
@@ -180,6 +186,12 @@ const char* launch(void (*kernel)(Arguments...), const unsigned* grid, unsigned 
 }
 
 }  // namespace shim
+
+#define SHIM_LAUNCHER(kernel)                                                                                    \
+    extern "C" const char* launch_##kernel(const unsigned* grid, unsigned block, unsigned shared, unsigned count, \
+                                           const unsigned* sizes, void** arguments) {                            \
+        return shim::launch(kernel, grid, block, shared, count, sizes, arguments);                               \
+    }
 
 // ---- what CUDA C++ has -------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,10 @@
 // lane holds which bits, and how a matrix descriptor addresses shared memory. Addresses in shared memory are offsets, as there.
 #pragma once
 
+#ifndef EAGER_COPIES
+#define EAGER_COPIES 0
+#endif
+
 namespace shim {
 inline unsigned char* at(unsigned address, unsigned bytes) {
     if (address + bytes > SHARED_LIMIT) throw std::runtime_error("an address outside of shared memory");
@@ -14,10 +18,14 @@ inline unsigned shared_address(const void* p) { return unsigned(static_cast<cons
 template <int BYTES>
 void copy_async(unsigned to, const void* from, int bytes) {
     if (to % BYTES || reinterpret_cast<uintptr_t>(from) % BYTES) throw std::runtime_error("cp.async of an unaligned address");
-    shim::self().copies.open.push_back([=] {
+    auto copy = [=] {
         std::memset(shim::at(to, BYTES), 0, BYTES);
         std::memcpy(shim::at(to, BYTES), from, bytes);
-    });
+    };
+    if (EAGER_COPIES)
+        copy();
+    else
+        shim::self().copies.open.push_back(copy);
 }
 inline void copy_commit() { shim::self().copies.commit(); }
 template <int PENDING>

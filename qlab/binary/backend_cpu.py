@@ -1,0 +1,194 @@
+"""Running a packed graph with the Numba kernels, into buffers that are planned once.
+
+Weights are rearranged into the kernels' panels when the backend is made. Results of packed steps go into buffers that are
+planned at the first batch of each size: a buffer is used again when no later step needs what it holds (views keep it).
+One batch runs at a time; calls from other threads wait.
+"""
+
+from __future__ import annotations
+
+import threading
+from math import prod
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qlab.binary.backends import Words
+from qlab.binary.graph import Graph, Step
+from qlab.binary.kernels import cpu
+from qlab.binary.shapes import Shape, infer
+
+__all__ = ["Buffers", "Numba"]
+
+VIEWS = frozenset({"flatten_bits", "flatten", "reshape", "slice"})
+"""Steps whose result may share the memory of what they take."""
+
+PLANS = 4  # batch sizes whose buffers are kept
+
+
+class Buffers:
+    """Memory for the packed steps of one batch size.
+
+    Args:
+        graph: a checked graph.
+        batch: number of examples N.
+
+    Attributes:
+        arrays: value name -> the array that its step writes.
+        nbytes: of all buffers; what separate arrays would take is `separate`.
+    """
+
+    def __init__(self, graph: Graph, batch: int) -> None:
+        shapes = infer(graph, batch)
+        self.arrays: dict[str, np.ndarray] = {}
+        self.separate = 0
+        raw: list[np.ndarray] = []
+        free: list[int] = []
+        root: dict[str, str] = {}  # value -> the value whose memory it shares
+        held: dict[str, int] = {}  # root -> index of its buffer
+        last: dict[str, int] = {}
+        for i, step in enumerate(graph.steps):
+            for name in step.outputs:
+                root[name] = root.get(step.inputs[0], step.inputs[0]) if step.op in VIEWS else name
+            for name in step.inputs:
+                last[root.get(name, name)] = i
+        last[root.get(graph.output, graph.output)] = len(graph.steps)
+        for i, step in enumerate(graph.steps):
+            for name, (kind, shape) in _written(step, shapes).items():
+                size = prod(shape) * np.dtype(kind).itemsize
+                self.separate += size
+                fitting = [j for j in free if raw[j].nbytes >= size]
+                if fitting:
+                    j = min(fitting, key=lambda j: raw[j].nbytes)
+                    free.remove(j)
+                else:
+                    j = len(raw)
+                    raw.append(_aligned(size))
+                held[name] = j
+                self.arrays[name] = raw[j][:size].view(kind).reshape(shape)
+            for name in [name for name in held if last.get(name, i) <= i]:
+                free.append(held.pop(name))
+        self.nbytes = sum(b.nbytes for b in raw)
+
+
+def _aligned(size: int) -> np.ndarray:
+    """Return bytes that start at a cache line."""
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.__array_interface__["data"][0] % 64
+    return raw[start : start + size]
+
+
+def _written(step: Step, shapes: dict[str, Shape]) -> dict[str, tuple[Any, tuple[int, ...]]]:
+    """Return dtype and shape of the arrays that a packed step writes, channels last."""
+    if step.op not in ("pack", "binary_conv2d", "binary_linear", "max_pool_bits"):
+        return {}
+    found = {}
+    for j, name in enumerate(step.outputs):
+        n, c, *grid = shapes[name]
+        floats = j == 0 and step.op.startswith("binary") and "threshold" not in step.tensors
+        found[name] = (np.float32, (n, *grid, c)) if floats else (np.uint64, (n, *grid, cpu.words_for(c)))
+    return found
+
+
+class Numba(Words):
+    """The packed graph on the Numba kernels, fused: batch norm, shortcut, threshold and packing in one pass.
+
+    Args:
+        graph: a checked graph.
+    """
+
+    name: ClassVar[str] = "numba"
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph, cpu, "numba")
+        self.lock = threading.Lock()
+        self.plans: dict[int, Buffers] = {}
+        self.out: dict[str, np.ndarray] = {}
+        self.panels = {step.outputs[0]: _panels(step, graph) for step in graph.steps if "weight" in step.tensors}
+
+    def run(self, x: Tensor) -> Tensor:
+        """Return the output for a batch of inputs."""
+        with self.lock:
+            if len(x) not in self.plans:
+                while len(self.plans) >= PLANS:
+                    self.plans.pop(next(iter(self.plans)))
+                self.plans[len(x)] = Buffers(self.graph, len(x))
+            self.out = self.plans[len(x)].arrays
+            y = super().run(x)
+            return y.clone()  # the next batch writes into the same buffers
+
+    def pack(self, step: Step, x: Tensor) -> np.ndarray:
+        """Return the words of the signs of x, or of its batch norm, channels last."""
+        out = self.out[step.outputs[0]]
+        values, layout = _floats(x)
+        if "alpha" not in step.tensors:
+            return cpu.affine_pack(
+                values, np.ones(x.shape[1], np.float32), np.zeros(x.shape[1], np.float32), False, layout, out
+            )
+        alpha, beta = self.words(step, "alpha"), self.words(step, "beta")
+        return cpu.affine_pack(values, alpha, beta, step.options["fused"], layout, out)
+
+    def binary_conv2d(self, step: Step, x: np.ndarray, *residual: Tensor) -> Any:
+        """Return a convolution of packed signs, with what follows it."""
+        o = step.options
+        window = (tuple(o["stride"]), tuple(o["padding"]), tuple(o["dilation"]), o["groups"], o["pad"])
+        panels, out = self.panels[step.outputs[0]], self.out[step.outputs[0]]
+        if "threshold" in step.tensors:
+            own = self.words(step, "threshold"), self.words(step, "flip")
+            return cpu.conv2d_threshold(x, panels, o["channels"], *own, *window, out=out)
+        if "alpha" not in step.tensors:
+            z = cpu.binary_conv2d(x, panels, o["channels"], *window)
+            return torch.from_numpy(z).float().movedim(-1, 1)
+        own = self.words(step, "alpha"), self.words(step, "beta"), o["fused"]
+        rest = {"residual": _channels_last(residual[0]) if residual else None, "also_pack": len(step.outputs) == 2}
+        return _given(cpu.conv2d_affine(x, panels, o["channels"], *own, *window, **rest, out=out))
+
+    def binary_linear(self, step: Step, x: np.ndarray, *residual: Tensor) -> Any:
+        """Return a product of packed signs, with what follows it."""
+        panels, out, k = self.panels[step.outputs[0]], self.out[step.outputs[0]], step.options["features"]
+        if "threshold" in step.tensors:
+            own = self.words(step, "threshold"), self.words(step, "flip")
+            return cpu.matmul_threshold(x, panels, k, *own, out=out)
+        if "alpha" not in step.tensors:
+            return torch.from_numpy(cpu.binary_matmul(x, panels, k)).float()
+        own = self.words(step, "alpha"), self.words(step, "beta"), step.options["fused"]
+        rest = {"residual": _channels_last(residual[0]) if residual else None, "also_pack": len(step.outputs) == 2}
+        return _given(cpu.matmul_affine(x, panels, k, *own, **rest, out=out))
+
+    def max_pool_bits(self, step: Step, x: np.ndarray) -> np.ndarray:
+        """Return the packed maximum, negated in flipped channels."""
+        o = step.options
+        out = self.out[step.outputs[0]]
+        y = cpu.max_pool2d(x, tuple(o["kernel"]), tuple(o["stride"]), tuple(o["padding"]), out=out)
+        return np.bitwise_xor(y, self.words(step, "flip"), out=y) if "flip" in step.tensors else y
+
+
+def _panels(step: Step, graph: Graph) -> Any:
+    """Return a step's weights as its kernel wants them."""
+    words = graph.tensors[step.tensors["weight"]]
+    if step.op == "binary_conv2d":
+        return cpu.prepack_conv(words, step.options["groups"])
+    if step.op == "binary_linear":
+        return cpu.prepack(words)
+    return None
+
+
+def _given(result: Any) -> Any:
+    """Return float results channels first, as views."""
+    if isinstance(result, tuple):
+        return torch.from_numpy(result[0]).movedim(-1, 1), result[1]
+    return torch.from_numpy(result).movedim(-1, 1)
+
+
+def _channels_last(x: Tensor) -> np.ndarray:
+    return x.movedim(1, -1).contiguous().numpy()
+
+
+def _floats(x: Tensor) -> tuple[np.ndarray, Any]:
+    """Return a float value in the layout it has, and that layout's name."""
+    last = x.movedim(1, -1)
+    if x.dim() == 2 or (last.is_contiguous() and not x.is_contiguous()):
+        return last.contiguous().numpy(), "NHWC"
+    return x.contiguous().numpy(), "NCHW"

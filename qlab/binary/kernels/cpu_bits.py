@@ -1,0 +1,293 @@
+"""Kernels at the edges of a packed net: floats to bits, thresholds, pooling, bit planes, and sums of floats by signs.
+
+Each takes the address of a block whose word 0 counts chunks; the other words are listed where they are read.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from qlab.binary.kernels.cpu_ir import (
+    F32,
+    I1,
+    I16,
+    I32,
+    I64,
+    Columns,
+    affine,
+    constant,
+    fetch,
+    load,
+    poke,
+    read,
+    read_byte,
+    signature,
+    splat,
+    store,
+    take,
+    vector,
+)
+
+LANES = 16
+
+
+def _normalised(
+    builder: ir.IRBuilder, x: ir.Value, alpha: ir.Value, beta: ir.Value, mode: ir.Value, numbers: Any
+) -> ir.Value:
+    """Return x, or x alpha + beta rounded twice (mode 1) or once (mode 2); `numbers(address)` reads alpha and beta."""
+    before = builder.block
+    with builder.if_then(builder.icmp_signed("!=", mode, constant(0))):
+        fused = builder.icmp_signed("==", mode, constant(2))
+        y = affine(builder, x, numbers(alpha), numbers(beta), fused)
+        after = builder.block
+    result = builder.phi(x.type)
+    result.add_incoming(x, before)
+    result.add_incoming(y, after)
+    return result
+
+
+@intrinsic
+def signs_of_channels(_context: Any, x: Any, alpha: Any, beta: Any, mode: Any, valid: Any) -> Any:
+    """Bits 0 to 15: which of 16 channels are below zero; bits 16 to 31: which are NaN."""
+
+    def emit(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> ir.Value:
+        x, alpha, beta, mode, valid = arguments
+        kind = vector(F32, LANES)
+        columns = Columns(builder, valid)
+        y = _normalised(builder, columns.load(x, kind), alpha, beta, mode, lambda place: columns.load(place, kind))
+        negative = builder.bitcast(builder.fcmp_ordered("<", y, ir.Constant(kind, [0.0] * LANES)), I16)
+        missing = builder.bitcast(builder.fcmp_unordered("uno", y, y), I16)
+        return builder.or_(builder.zext(negative, I64), builder.shl(builder.zext(missing, I64), constant(16)))
+
+    return signature(5, types.int64), emit
+
+
+@intrinsic
+def signs_of_pixels(
+    _context: Any, x: Any, step: Any, channels: Any, alpha: Any, beta: Any, mode: Any, out: Any, out_step: Any
+) -> Any:
+    """Store one word of up to 64 channels for each of 16 pixels side by side in planes; return nonzero if any is NaN."""
+
+    def emit(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> ir.Value:
+        x, step, channels, alpha, beta, mode, out, out_step = arguments
+        kind, wide = vector(F32, LANES), vector(I64, LANES)
+        words = cgutils.alloca_once(builder, wide)
+        missing = cgutils.alloca_once(builder, vector(I1, LANES))
+        builder.store(constant(0, wide), words)
+        builder.store(constant(0, vector(I1, LANES)), missing)
+        with cgutils.for_range(builder, channels) as loop:
+            at = builder.mul(loop.index, constant(4))
+            pixels = load(builder, builder.add(x, builder.mul(loop.index, step)), kind, align=4)
+
+            def number(table: ir.Value) -> ir.Value:
+                return splat(builder, load(builder, builder.add(table, at), F32, align=4), LANES)
+
+            y = _normalised(builder, pixels, alpha, beta, mode, number)
+            negative = builder.fcmp_ordered("<", y, ir.Constant(kind, [0.0] * LANES))
+            bit = splat(builder, builder.shl(constant(1), loop.index), LANES)
+            chosen = builder.select(negative, bit, constant(0, wide))
+            builder.store(builder.or_(builder.load(words), chosen), words)
+            builder.store(builder.or_(builder.load(missing), builder.fcmp_unordered("uno", y, y)), missing)
+        total = builder.load(words)
+        for lane in range(LANES):
+            word = builder.extract_element(total, constant(lane, I32))
+            store(builder, word, builder.add(out, builder.mul(out_step, constant(lane))), align=8)
+        return builder.zext(builder.bitcast(builder.load(missing), I16), I64)
+
+    return signature(8, types.int64), emit
+
+
+@intrinsic
+def below(_context: Any, z: Any, threshold: Any, valid: Any) -> Any:
+    """Which of 16 int32 are below their thresholds; where there are none, no."""
+
+    def emit(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> ir.Value:
+        columns = Columns(builder, arguments[2])
+        left, right = (columns.load(place, vector(I32, LANES)) for place in arguments[:2])
+        return builder.zext(builder.bitcast(builder.icmp_signed("<", left, right), I16), I64)
+
+    return signature(3, types.int64), emit
+
+
+def pack_rows(block: int) -> None:
+    """Signs of rows of floats. Words: 1 x, 2 rows, 3 C, 4 alpha, 5 beta, 6 mode, 7 out, 8 rows of a chunk, 9 set if NaN."""
+    x, rows, channels = fetch(block, 1), fetch(block, 2), fetch(block, 3)
+    alpha, beta, mode, out, run = fetch(block, 4), fetch(block, 5), fetch(block, 6), fetch(block, 7), fetch(block, 8)
+    words = (channels + 63) // 64
+    while True:
+        first = take(block) * run
+        if first >= rows:
+            break
+        missing = 0
+        for row in range(first, min(first + run, rows)):
+            for word in range(words):
+                value = 0
+                for part in range(word * 64, min(word * 64 + 64, channels), 16):
+                    at = 4 * part
+                    place = x + 4 * row * channels + at
+                    found = signs_of_channels(place, alpha + at, beta + at, mode, min(16, channels - part))
+                    value |= (found & 0xFFFF) << (part - word * 64)
+                    missing |= found >> 16
+                poke(out + 8 * (row * words + word), value)
+        if missing:
+            poke(block + 72, 1)
+
+
+def pack_planes(block: int) -> None:
+    """Signs of images in planes. Words: 1 x, 2 images, 3 C, 4 alpha, 5 beta, 6 mode, 7 out, 8 pixels (16 or more), 9 set if NaN."""
+    x, images, channels = fetch(block, 1), fetch(block, 2), fetch(block, 3)
+    alpha, beta, mode, out, pixels = fetch(block, 4), fetch(block, 5), fetch(block, 6), fetch(block, 7), fetch(block, 8)
+    words, runs = (channels + 63) // 64, (pixels + 63) // 64
+    while True:
+        chunk = take(block)
+        if chunk >= images * runs:
+            break
+        image, begin = chunk // runs, chunk % runs * 64
+        missing = 0
+        for start in range(begin, min(begin + 64, pixels), 16):
+            first = min(start, pixels - 16)  # the last ones overlap
+            for word in range(words):
+                part = word * 64
+                place = x + 4 * ((image * channels + part) * pixels + first)
+                target = out + 8 * ((image * pixels + first) * words + word)
+                count = min(64, channels - part)
+                missing |= signs_of_pixels(
+                    place, 4 * pixels, count, alpha + 4 * part, beta + 4 * part, mode, target, 8 * words
+                )
+        if missing:
+            poke(block + 72, 1)
+
+
+def threshold_rows(block: int) -> None:
+    """Integers to bits. Words: 1 z, 2 rows, 3 C, 4 threshold, 5 flip, 6 out, 7 rows of a chunk."""
+    z, rows, channels, threshold = fetch(block, 1), fetch(block, 2), fetch(block, 3), fetch(block, 4)
+    flip, out, run = fetch(block, 5), fetch(block, 6), fetch(block, 7)
+    words = (channels + 63) // 64
+    while True:
+        first = take(block) * run
+        if first >= rows:
+            break
+        for row in range(first, min(first + run, rows)):
+            for word in range(words):
+                value = read(flip + 8 * word)
+                for part in range(word * 64, min(word * 64 + 64, channels), 16):
+                    found = below(z + 4 * (row * channels + part), threshold + 4 * part, min(16, channels - part))
+                    value ^= found << (part - word * 64)
+                poke(out + 8 * (row * words + word), value)
+
+
+def pool(block: int) -> None:
+    """AND over windows. Words: 1 x, 2-5 N, H, W, words of a pixel, 6-7 OH, OW, 8-9 kernel, 10-11 stride, 12-13 padding, 14 out."""
+    x, images, height, width, words = (
+        fetch(block, 1),
+        fetch(block, 2),
+        fetch(block, 3),
+        fetch(block, 4),
+        fetch(block, 5),
+    )
+    oh, ow, out = fetch(block, 6), fetch(block, 7), fetch(block, 14)
+    while True:
+        chunk = take(block)
+        if chunk >= images * oh:
+            break
+        image, i = chunk // oh, chunk % oh
+        top = i * fetch(block, 10) - fetch(block, 12)
+        rows = max(top, 0), min(top + fetch(block, 8), height)
+        for j in range(ow):
+            left = j * fetch(block, 11) - fetch(block, 13)
+            columns = max(left, 0), min(left + fetch(block, 9), width)
+            for word in range(words):
+                value = -1
+                for r in range(rows[0], rows[1]):
+                    for c in range(columns[0], columns[1]):
+                        value &= read(x + 8 * (((image * height + r) * width + c) * words + word))
+                poke(out + 8 * ((chunk * ow + j) * words + word), value)
+
+
+def digits(block: int) -> None:
+    """Bytes to bit planes. Words: 1 x, 2 rows, 3 C, 4 out, 5 rows of a chunk."""
+    x, rows, channels, out, run = fetch(block, 1), fetch(block, 2), fetch(block, 3), fetch(block, 4), fetch(block, 5)
+    words = (channels + 63) // 64
+    while True:
+        first = take(block) * run
+        if first >= rows:
+            break
+        for row in range(first, min(first + run, rows)):
+            for word in range(words):
+                for plane in range(8):
+                    value = 0
+                    for c in range(word * 64, min(word * 64 + 64, channels)):
+                        value |= ((read_byte(x + row * channels + c) >> plane) & 1) << (c - word * 64)
+                    poke(out + 8 * ((plane * rows + row) * words + word), value)
+
+
+def _signed_sums(rows: int) -> Any:
+    """Return the intrinsic that writes 64 sums of +-x_k, for that many rows of x, through the masks of 64 outputs."""
+
+    @intrinsic
+    def sums(_context: Any, x: Any, x_stride: Any, k: Any, masks: Any, out: Any, out_stride: Any, valid: Any) -> Any:
+        def emit(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> ir.Value:
+            x, x_stride, k, masks, out, out_stride, valid = arguments
+            kind = vector(F32, LANES)
+            zero = ir.Constant(kind, [0.0] * LANES)
+            grid = [(r, v) for r in range(rows) for v in range(4)]
+            lines = [builder.add(x, builder.mul(x_stride, constant(r))) for r in range(rows)]
+            totals = [cgutils.alloca_once(builder, kind) for _ in grid]
+            parts = [cgutils.alloca_once(builder, kind) for _ in grid]
+            for slot in totals:
+                builder.store(zero, slot)
+            with cgutils.for_range_slice(builder, constant(0), k, constant(64), I64) as (begin, _):
+                for slot in parts:
+                    builder.store(zero, slot)
+                end = builder.add(begin, constant(64))
+                end = builder.select(builder.icmp_signed("<", end, k), end, k)
+                with cgutils.for_range_slice(builder, begin, end, constant(1), I64) as (i, _):
+                    place = builder.add(masks, builder.mul(i, constant(8)))
+                    minus = [
+                        builder.bitcast(load(builder, place, I16, 2 * v, align=2), vector(I1, LANES)) for v in range(4)
+                    ]
+                    at = builder.mul(i, constant(4))
+                    for r, v in grid:
+                        value = splat(builder, load(builder, builder.add(lines[r], at), F32, align=4), LANES)
+                        term = builder.select(minus[v], builder.fneg(value), value)
+                        slot = parts[r * 4 + v]
+                        builder.store(builder.fadd(builder.load(slot), term), slot)
+                for total, part in zip(totals, parts, strict=True):
+                    builder.store(builder.fadd(builder.load(total), builder.load(part)), total)
+            for r, v in grid:
+                left = builder.sub(valid, constant(LANES * v))
+                with builder.if_then(builder.icmp_signed(">", left, constant(0))):
+                    line = builder.add(out, builder.mul(out_stride, constant(r)))
+                    place = builder.add(line, constant(4 * LANES * v))
+                    Columns(builder, left).store(builder.load(totals[r * 4 + v]), place)
+            return context.get_dummy_value()
+
+        return signature(7), emit
+
+    return sums
+
+
+_sums_4, _sums_1 = _signed_sums(4), _signed_sums(1)
+
+
+def signed_sums(block: int) -> None:
+    """x times signs. Words: 1 x, 2 M, 3 K, 4 masks, 5 N, 6 out."""
+    x, rows, k = fetch(block, 1), fetch(block, 2), fetch(block, 3)
+    masks, n, out = fetch(block, 4), fetch(block, 5), fetch(block, 6)
+    while True:
+        panel = take(block)
+        if panel * 64 >= n:
+            break
+        place, column, valid = masks + 8 * panel * k, out + 256 * panel, min(64, n - 64 * panel)
+        m = 0
+        while m + 4 <= rows:
+            _sums_4(x + 4 * m * k, 4 * k, k, place, column + 4 * m * n, 4 * n, valid)
+            m += 4
+        while m < rows:
+            _sums_1(x + 4 * m * k, 4 * k, k, place, column + 4 * m * n, 4 * n, valid)
+            m += 1

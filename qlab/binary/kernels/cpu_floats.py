@@ -1,0 +1,221 @@
+"""The edges of a packed net on the CPU: floats to bits and back, thresholds, pooling, bit planes, sums by signs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from qlab.binary.kernels import reference
+from qlab.binary.kernels.cpu_launch import address, launch
+from qlab.binary.kernels.cpu_panels import as_words
+from qlab.binary.kernels.reference import Floats, Ints, Pair, Words, output_size, words_for
+from qlab.errors import InputError
+
+__all__ = [
+    "SignMasks",
+    "affine_pack",
+    "as_array",
+    "bitplane_input",
+    "max_pool2d",
+    "pack",
+    "prepack_signs",
+    "result",
+    "signed_sum_matmul",
+    "threshold_pack",
+    "unpack",
+]
+
+RUN = 64  # rows or pixels of a chunk
+SMALL = 1 << 14  # elements that one thread does before another one is awake
+
+
+def as_array(x: Any, dtype: Any, shape: tuple[int | None, ...], what: str) -> Any:
+    """Return x as a contiguous array, copied only where it is not.
+
+    Raises:
+        InputError: not a numpy array of that type and shape (None stands for any length).
+    """
+    fits = isinstance(x, np.ndarray) and x.dtype == dtype and x.ndim == len(shape)
+    if not fits or any(n is not None and n != m for n, m in zip(shape, x.shape, strict=True)):
+        found = f"{x.dtype} of shape {x.shape}" if isinstance(x, np.ndarray) else type(x).__name__
+        wanted = ", ".join("any" if n is None else str(n) for n in shape)
+        raise InputError(f"{what} is {found}; expected a numpy array of {np.dtype(dtype)} of shape ({wanted})")
+    return x if x.flags.c_contiguous else np.ascontiguousarray(x)
+
+
+def result(out: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """Return `out`, or a new array where it is None.
+
+    Raises:
+        InputError: `out` is not contiguous or of another shape or type.
+    """
+    if out is None:
+        return np.empty(shape, dtype)
+    if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:
+        raise InputError(f"out is {out.dtype} of shape {out.shape}; expected contiguous {np.dtype(dtype)} of {shape}")
+    return out
+
+
+def pack(x: np.ndarray, axis: int = -1) -> Words:
+    """Return the words of the signs of x along `axis`: bit 1 where x < 0; float32 is the fast case.
+
+    Raises:
+        InputError: NaN, which has no sign; an axis out of range.
+    """
+    if not -x.ndim <= axis < x.ndim:
+        raise InputError(f"axis is {axis}; expected one of the {x.ndim} dimensions of x")
+    if x.dtype != np.float32:
+        if np.issubdtype(x.dtype, np.floating) and np.isnan(x).any():
+            raise InputError("x holds NaN, which has no sign")
+        return reference.pack(x, axis)
+    axis %= x.ndim
+    if axis == 1 and x.ndim == 4:
+        return np.moveaxis(_pack(x, None, None, 0, "NCHW"), -1, 1)
+    return np.moveaxis(_pack(np.moveaxis(x, axis, -1), None, None, 0, "NHWC"), -1, axis)
+
+
+def unpack(words: Words, length: int, axis: int = -1) -> np.ndarray:
+    """Return the signs +-1 (int8) that `pack` took, `length` of them along `axis`."""
+    return reference.unpack(words, length, axis)
+
+
+def affine_pack(
+    x: Floats,
+    alpha: Floats,
+    beta: Floats,
+    fused: bool,
+    layout: Literal["NHWC", "NCHW"] = "NHWC",
+    out: Words | None = None,
+) -> Words:
+    """Return the words (N, ..., W(C)), channels last, of the signs of x alpha + beta: batch norm and sign of floats.
+
+    Args:
+        x: float32, channels last, (..., C); or (N, C, H, W) with `layout` "NCHW".
+        alpha, beta: float32 (C,).
+        fused: rounded once (FMA) or after each operation, as in `reference.affine`.
+        layout: of x.
+        out: takes the result.
+
+    Raises:
+        InputError: wrong shapes or types; the result holds NaN.
+    """
+    channels = x.shape[1 if layout == "NCHW" else -1]
+    alpha, beta = (as_array(v, np.float32, (channels,), name) for v, name in ((alpha, "alpha"), (beta, "beta")))
+    return _pack(x, alpha, beta, 2 if fused else 1, layout, out)
+
+
+def _pack(
+    x: Floats, alpha: Floats | None, beta: Floats | None, mode: int, layout: str, out: Words | None = None
+) -> Words:
+    dimensions = (None,) * (4 if layout == "NCHW" else x.ndim)
+    if layout == "NCHW" and x.ndim == 4:
+        channels_last = x.transpose(0, 2, 3, 1)
+        if channels_last.flags.c_contiguous or x.shape[2] * x.shape[3] < 16:
+            return _pack(np.ascontiguousarray(channels_last), alpha, beta, mode, "NHWC", out)
+    x = as_array(x, np.float32, dimensions, "x")
+    channels = x.shape[1 if layout == "NCHW" else -1]
+    outer = (x.shape[0], *x.shape[2:]) if layout == "NCHW" else x.shape[:-1]
+    out = result(out, (*outer, words_for(channels)), np.uint64)
+    if not out.size:
+        return out
+    numbers = [0 if v is None else address(v) for v in (alpha, beta)]
+    if layout == "NCHW":
+        size, name = x.shape[2] * x.shape[3], "pack_planes"
+        count, chunks = x.shape[0], x.shape[0] * -(-size // RUN)
+    else:
+        size, name = RUN, "pack_rows"
+        count = x.size // channels
+        chunks = -(-count // RUN)
+    words = (0, address(x), count, channels, *numbers, mode, address(out), size, 0)
+    if launch(name, words, chunks, x.size < SMALL)[9]:
+        raise InputError("there is NaN, which has no sign, among the numbers to be packed")
+    return out
+
+
+def threshold_pack(z: Ints, threshold: Ints, flip: Words, out: Words | None = None) -> Words:
+    """Return the words (..., W(C)) of z (..., C): bit c is (z_c < threshold_c) xor flip_c.
+
+    Args:
+        z: int32; threshold: int32 (C,); flip: words (W(C),); out: takes the result.
+    """
+    channels = z.shape[-1]
+    z = as_array(z, np.int32, (None,) * z.ndim, "z")
+    threshold = as_array(threshold, np.int32, (channels,), "threshold")
+    flip = as_array(flip, np.uint64, (words_for(channels),), "flip")
+    out = result(out, (*z.shape[:-1], len(flip)), np.uint64)
+    if out.size:
+        rows = z.size // channels
+        words = (0, address(z), rows, channels, address(threshold), address(flip), address(out), RUN)
+        launch("threshold_rows", words, -(-rows // RUN), z.size < SMALL)
+    return out
+
+
+def max_pool2d(x: Words, kernel: Pair, stride: Pair, padding: Pair = (0, 0), out: Words | None = None) -> Words:
+    """Return the packed maximum (N, OH, OW, W) of x (N, H, W, W) over windows: AND of the bits; padding is ignored.
+
+    Raises:
+        InputError: the padding is more than half of the window, so that a window could be empty; no window fits.
+    """
+    x = as_words(x, 4, "x")
+    n, height, width, words = x.shape
+    size = tuple(output_size(x.shape[i + 1], kernel[i], stride[i], padding[i]) for i in (0, 1))
+    if min(size) < 1 or any(2 * padding[i] > kernel[i] for i in (0, 1)):
+        raise InputError(
+            f"pooling windows {kernel}, padding {padding} on {height} x {width}: none fits, or one is empty"
+        )
+    out = result(out, (n, *size, words), np.uint64)
+    if out.size:
+        block = (0, address(x), n, height, width, words, *size, *kernel, *stride, *padding, address(out))
+        launch("pool", block, n * size[0], x.size < SMALL)
+    return out
+
+
+def bitplane_input(x: np.ndarray, out: Words | None = None) -> Words:
+    """Return the bit planes (8, ..., W(C)) of uint8 x (..., C): plane n, bit c is the n-th binary digit of x_c."""
+    x = as_array(x, np.uint8, (None,) * x.ndim, "x")
+    channels = x.shape[-1]
+    out = result(out, (8, *x.shape[:-1], words_for(channels)), np.uint64)
+    if out.size:
+        rows = x.size // channels
+        launch("digits", (0, address(x), rows, channels, address(out), RUN), -(-rows // RUN), x.size < SMALL)
+    return out
+
+
+@dataclass(frozen=True)
+class SignMasks:
+    """Weights of `signed_sum_matmul`: masks (W(N), K), bit c of word (p, k) is the sign of weight k of output 64 p + c."""
+
+    array: Words
+    n: int
+
+
+def prepack_signs(w: Words, k: int) -> SignMasks:
+    """Return the masks of a weight-only binary layer, w words (N, W(K))."""
+    w = as_words(w, 2, "w")
+    masks = reference._from_bits(reference._to_bits(w, k).T)  # (K, W(N))
+    return SignMasks(np.ascontiguousarray(masks.T), len(w))
+
+
+def signed_sum_matmul(x: Floats, w: Words | SignMasks, out: Floats | None = None) -> Floats:
+    """Return x (M, K) times signs as (M, N) in float32: a weight-only binary layer, whose weights are read as bits.
+
+    The order of summation is fixed: the 64 terms +-x_k of a word one after the other, then the sums of the words one after the
+    other. A product with one row reads 1/32 of the bytes that a float32 one reads.
+
+    Args:
+        x: float32 (M, K).
+        w: words (N, W(K)), or masks of `prepack_signs`.
+        out: takes the result.
+    """
+    x = as_array(x, np.float32, (None, None), "x")
+    rows, k = x.shape
+    masks = w if isinstance(w, SignMasks) else prepack_signs(w, k)
+    if masks.array.shape[1] != k:
+        raise InputError(f"x has {k} columns and the weights {masks.array.shape[1]}; expected the same")
+    out = result(out, (rows, masks.n), np.float32)
+    if out.size:
+        words = (0, address(x), rows, k, address(masks.array), masks.n, address(out))
+        launch("signed_sums", words, len(masks.array), rows * k * masks.n < SMALL * 4)
+    return out
