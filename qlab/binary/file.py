@@ -38,7 +38,7 @@ VERSION = 1
 MAX_HEADER = 4 * 2**20  # bytes; a net of 100 layers takes about 50 thousand
 MAX_DIMS = 4
 DIGITS = 19  # of an integer: more than 64 bits are never meant
-DTYPES = {"U64": np.dtype("<u8"), "I32": np.dtype("<i4"), "F32": np.dtype("<f4")}
+DTYPES: dict[str, np.dtype] = {"U64": np.dtype("<u8"), "I32": np.dtype("<i4"), "F32": np.dtype("<f4")}
 CODES = {(dtype.kind, dtype.itemsize): code for code, dtype in DTYPES.items()}
 
 Entries = dict[str, dict[str, Any]]
@@ -68,7 +68,7 @@ def save(packed: PackedNet, path: str | os.PathLike[str]) -> None:
             file.write(len(header).to_bytes(8, "little"))
             file.write(header)
             for block in blocks.values():
-                file.write(block.tobytes())
+                file.write(block.data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)
@@ -111,7 +111,7 @@ def _little_endian(array: np.ndarray) -> np.ndarray:
 
 def _header(packed: PackedNet, blocks: Mapping[str, np.ndarray]) -> bytes:
     graph, certificate = packed.graph, packed.certificate
-    content = {
+    content: dict[str, Any] = {
         "version": VERSION,
         "qlab": provenance.versions()["qlab"],
         "input_shape": list(graph.input_shape),
@@ -129,7 +129,7 @@ def _header(packed: PackedNet, blocks: Mapping[str, np.ndarray]) -> bytes:
         "output": graph.output,
         "layers": [dict(row) for row in graph.layers],
         "certificate": None if certificate is None else certificate.to_dict(),
-        "tensors": {name: hashlib.sha256(block.tobytes()).hexdigest() for name, block in blocks.items()},
+        "tensors": {name: hashlib.sha256(block.data).hexdigest() for name, block in blocks.items()},
     }
     shapes = [(name, CODES[block.dtype.kind, block.itemsize], list(block.shape)) for name, block in blocks.items()]
     entries = _entries(shapes)
@@ -145,7 +145,8 @@ def _header(packed: PackedNet, blocks: Mapping[str, np.ndarray]) -> bytes:
 
 def _entries(shapes: list[tuple[str, str, list[int]]]) -> Entries:
     """Return the entries of tensors (name, dtype, shape) that lie one after the other."""
-    entries, begin = {}, 0
+    entries: Entries = {}
+    begin = 0
     for name, code, shape in shapes:
         end = begin + prod(shape) * DTYPES[code].itemsize
         entries[name] = {"dtype": code, "shape": shape, "data_offsets": [begin, end]}
@@ -217,13 +218,13 @@ def _read_header(raw: memoryview, available: int) -> tuple[Entries, dict[str, An
     _expect(isinstance(metadata.get("qlab"), str), "it holds no description of the net")
     content = _loads(metadata["qlab"].encode("ascii", "replace"))
     version = content.get("version")
-    _expect(isinstance(version, int), "it does not say its version")
+    _expect(type(version) is int, "it does not say its version")
     if version != VERSION:
         raise PackedFileError(f"it is of version {version} of the format; this qlab reads {VERSION}. Update qlab")
     _expect(set(content) == _CONTENT, "its description of the net lacks an entry or has one too many")
     shapes = []
     for name, entry in header.items():
-        _expect(_is_entry(entry), f"tensor {name!r} has no dtype, shape and offsets that a packed net has")
+        _expect(_is_entry(entry), f"tensor {name!r} has no dtype and shape that a packed net has")
         shapes.append((name, entry["dtype"], entry["shape"]))
     entries = _entries(sorted(shapes, key=lambda s: (-DTYPES[s[1]].itemsize, s[0])))
     total = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
@@ -306,8 +307,9 @@ def _is_step(step: Any) -> bool:
     kinds = {"op": str, "inputs": list, "outputs": list, "layer": str, "tensors": dict, "options": dict}
     if not isinstance(step, dict) or set(step) != set(kinds):
         return False
-    names = [*step["inputs"], *step["outputs"]] if all(isinstance(step[k], kinds[k]) for k in kinds) else [None]
-    return all(isinstance(name, str) for name in [*names, *(step["tensors"] or {}).values()])
+    if not all(isinstance(step[key], kind) for key, kind in kinds.items()):
+        return False
+    return all(isinstance(name, str) for name in [*step["inputs"], *step["outputs"], *step["tensors"].values()])
 
 
 _ROW = {"layer": str, "runs": str, "binary_macs": int, "float_macs": int, "float_bytes": int}

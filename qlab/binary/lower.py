@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -162,7 +162,8 @@ class Lowering:
                 self.env[node] = value
         if output is None:
             raise InputError("the net gives nothing")
-        return Graph(self.input_shape, tuple(self.steps), self.tensors, output.name, tuple(self.rows.values())).check()
+        steps = _merged_packs(self.steps)
+        return Graph(self.input_shape, tuple(steps), self.tensors, output.name, tuple(self.rows.values())).check()
 
     # ---- steps ------------------------------------------------------------------------------------------------------
 
@@ -530,6 +531,20 @@ class Lowering:
             "ties": 0,
             "reason": reason,
         }
+
+
+def _merged_packs(steps: list[Step]) -> list[Step]:
+    """Return the steps with every plain pack of a binary layer's float result made that layer's second result."""
+    makers = {
+        step.outputs[0]: i for i, step in enumerate(steps) if step.op.startswith("binary") and "alpha" in step.tensors
+    }
+    merged = list(steps)
+    for step in steps:
+        i = makers.get(step.inputs[0], -1) if step.op == "pack" and "alpha" not in step.tensors else -1
+        if i >= 0 and len(merged[i].outputs) == 1:
+            merged[i] = replace(merged[i], outputs=(*merged[i].outputs, step.outputs[0]))
+            merged[merged.index(step)] = replace(step, op="")
+    return [step for step in merged if step.op]
 
 
 # ---- small things ---------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@ The nonlinearity stands at the input of each 3x3 convolution. In this float net 
 binary net takes; a quantizer that replaces it makes the net of the paper.
 
 Reference: Liu, Wu, Luo, Yang, Liu, Cheng, Bi-Real Net, ECCV 2018, arXiv 1808.00278, and liuzechun/Bi-Real-net.
-Deviations: a 3x3 stem without pooling, for small images; odd sides are pooled with the border's windows cut short.
+The stem is the paper's for large images, stem="large": 7x7 of stride 2, batch norm, 3x3 max-pooling of stride 2.
+Deviations: by default a 3x3 stem without pooling, for small images; odd sides are pooled with the border's windows cut short.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from qlab.models.base import Net, batch_norm, logits
+from qlab.models.resnet import stem_layers
 
 __all__ = ["BiReal18"]
 
@@ -50,6 +52,7 @@ class BiReal18(Net):
         input_shape: (C, H, W), images of at least 8x8 pixels.
         num_classes: number of logits.
         width: channels of the first stage.
+        stem: "small", one 3x3 convolution, or "large", the paper's for images of 224x224.
         affine: batch norm has scale and shift.
         final_norm: batch norm on the logits.
     """
@@ -63,13 +66,12 @@ class BiReal18(Net):
         num_classes: int,
         *,
         width: int = 64,
+        stem: str = "small",
         affine: bool = True,
         final_norm: bool = False,
     ) -> None:
-        super().__init__(input_shape, num_classes, width=width, affine=affine, final_norm=final_norm)
-        self.stem = nn.Sequential(
-            nn.Conv2d(self.input_shape[0], width, 3, padding=1, bias=False), batch_norm(width, affine)
-        )
+        super().__init__(input_shape, num_classes, width=width, stem=stem, affine=affine, final_norm=final_norm)
+        self.stem = stem_layers(self.input_shape[0], width, stem, affine, nonlinear=False)
         channels, stages = width, []
         for stage in range(4):
             planes, units = width * 2**stage, []

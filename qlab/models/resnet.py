@@ -1,4 +1,4 @@
-"""Residual networks for small images: ResNet-20 and a ResNet-18 with a 3x3 stem.
+"""Residual networks: ResNet-20 for small images, and ResNet-18 with a 3x3 stem or, for large images, the paper's.
 
     block:  y = relu( BN(conv(relu(BN(conv(x))))) + S(x) )
 
@@ -8,7 +8,8 @@ The shortcut is registered and run after the convolutions: the nonlinearity that
 before the first of them.
 
 References: He, Zhang, Ren, Sun, Deep residual learning for image recognition, CVPR 2016, arXiv 1512.03385, section 4.2
-(ResNet-20); the stem without max-pooling is the one of kuangliu/pytorch-cifar.
+(ResNet-20) and 3.3 (stem="large": 7x7 of stride 2 and 3x3 max-pooling of stride 2); the stem without max-pooling is the one of
+kuangliu/pytorch-cifar.
 """
 
 from __future__ import annotations
@@ -23,6 +24,24 @@ from qlab.errors import InputError
 from qlab.models.base import Net, batch_norm, logits
 
 __all__ = ["ResNet18", "ResNet20"]
+
+
+def stem_layers(channels: int, width: int, stem: str, affine: bool, nonlinear: bool) -> nn.Sequential:
+    """Return the first layers of a residual net: "small", 3x3, or "large", 7x7 of stride 2 with max-pooling.
+
+    Raises:
+        InputError: no such stem.
+    """
+    if stem not in ("small", "large"):
+        raise InputError(f"stem is {stem!r}; expected 'small' (3x3) or 'large' (7x7 of stride 2 and max-pooling).")
+    large = stem == "large"
+    conv = nn.Conv2d(
+        channels, width, 7 if large else 3, stride=2 if large else 1, padding=3 if large else 1, bias=False
+    )
+    layers: list[nn.Module] = [conv, batch_norm(width, affine)]
+    layers += [nn.ReLU()] if nonlinear else []
+    layers += [nn.MaxPool2d(3, 2, 1)] if large else []
+    return nn.Sequential(*layers)
 
 
 class ZeroPadShortcut(nn.Module):
@@ -78,13 +97,14 @@ class ResNet(Net):
         shortcut: str,
         affine: bool,
         final_norm: bool,
+        **options: str,
     ) -> None:
-        super().__init__(input_shape, num_classes, width=width, shortcut=shortcut, affine=affine, final_norm=final_norm)
+        super().__init__(
+            input_shape, num_classes, width=width, shortcut=shortcut, affine=affine, final_norm=final_norm, **options
+        )
         if shortcut not in ("A", "B"):
             raise InputError(f"shortcut is {shortcut!r}; expected 'A' (zero padding) or 'B' (1x1 convolution).")
-        self.stem = nn.Sequential(
-            nn.Conv2d(self.input_shape[0], width, 3, padding=1, bias=False), batch_norm(width, affine), nn.ReLU()
-        )
+        self.stem = stem_layers(self.input_shape[0], width, options.get("stem", "small"), affine, nonlinear=True)
         channels, stages = width, []
         for stage, depth in enumerate(self.blocks):
             planes, layers = width * 2**stage, []
@@ -131,12 +151,13 @@ class ResNet20(ResNet):
 
 
 class ResNet18(ResNet):
-    """ResNet-18 with a 3x3 stem and no max-pooling: four stages of two blocks, 64-128-256-512 channels.
+    """ResNet-18: four stages of two blocks, 64-128-256-512 channels.
 
     Args:
         input_shape: (C, H, W), images of at least 8x8 pixels.
         num_classes: number of logits.
         width: channels of the first stage.
+        stem: "small", one 3x3 convolution, or "large", the paper's for images of 224x224.
         shortcut: "B", as in the paper's ImageNet nets, or "A".
         affine: batch norm has scale and shift.
         final_norm: batch norm on the logits.
@@ -152,8 +173,11 @@ class ResNet18(ResNet):
         num_classes: int,
         *,
         width: int = 64,
+        stem: str = "small",
         shortcut: str = "B",
         affine: bool = True,
         final_norm: bool = False,
     ) -> None:
-        super().__init__(input_shape, num_classes, width=width, shortcut=shortcut, affine=affine, final_norm=final_norm)
+        super().__init__(
+            input_shape, num_classes, width=width, shortcut=shortcut, affine=affine, final_norm=final_norm, stem=stem
+        )

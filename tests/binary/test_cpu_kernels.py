@@ -222,7 +222,8 @@ def test_few_bit_products_and_convolutions_equal_the_reference(codes: Any) -> No
             cpu.bitplane_matmul(a, b, *arguments), reference.bitplane_matmul(a, b, *arguments)
         )
     x, w = np.stack([signs(rng, 1, 5, 6, 70)] * 2), np.stack([signs(rng, 9, 3, 3, 70) for _ in range(3)])
-    geometry = (70, rng.standard_normal(2), rng.standard_normal((3, 9)), codes, (2, 1), (1, 1))
+    bases = (rng.standard_normal(2).astype(np.float32), rng.standard_normal((3, 9)).astype(np.float32))
+    geometry = (70, *bases, codes, (2, 1), (1, 1))
     np.testing.assert_array_equal(cpu.bitplane_conv2d(x, w, *geometry), reference.bitplane_conv2d(x, w, *geometry))
 
 

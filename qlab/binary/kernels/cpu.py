@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from qlab.binary.kernels.cpu_block import COLUMNS
 from qlab.binary.kernels.cpu_floats import (
     SignMasks,
     affine_pack,
@@ -81,7 +80,7 @@ def binary_matmul(a: Words, b: Weights, k: int, out: Ints | None = None) -> Ints
     """
     a, plan = _matmul(a, b, k)
     out = result(out, (len(a), plan.panels.n), np.int32)
-    plan.integers(a, out)
+    plan.integers()(a, out)
     return out
 
 
@@ -134,7 +133,7 @@ def binary_conv2d(
     """
     x, plan, shape = _conv(x, w, channels, stride, padding, dilation, groups, pad)
     out = result(out, shape, np.int32)
-    plan.integers(x, out)
+    plan.integers()(x, out)
     return out
 
 
@@ -193,7 +192,7 @@ def digits_matmul(a: Words, b: Weights, out: Ints | None = None) -> Ints:
     """Return the int32 (M, N) products of binary digits a (M, W) in {0, 1} with signs b (N, W), words or panels."""
     a, plan = _matmul(a, b, None)
     out = result(out, (len(a), plan.panels.n), np.int32)
-    plan.integers(a, out)
+    plan.integers()(a, out)
     return out
 
 
@@ -215,7 +214,7 @@ def digits_conv2d(
     """
     x, plan, shape = _conv(planes, w, channels, stride, padding, dilation, groups, None)
     out = result(out, shape, np.int32)
-    plan.integers(x, out)
+    plan.integers()(x, out)
     return out
 
 
@@ -348,11 +347,11 @@ def _signs(plan: Plan, x: Words, threshold: Ints, flip: Words, out: Words) -> Wo
     flip = as_array(flip, np.uint64, (words_for(n),), "flip")
     if not plan.whole_bytes:
         z = np.empty((*out.shape[:-1], n), np.int32)
-        plan.integers(x, z)
+        plan.integers()(x, z)
         return threshold_pack(z, threshold, flip, out)
     if n % 64:
         out[..., -1] = 0  # the kernel writes whole panels; the words' padding past them stays 0
-    plan.signs(x, plan.limits(threshold), flip, out)
+    plan.signs(threshold, flip)(x, out)
     return out
 
 
@@ -367,19 +366,14 @@ def _floats(
     out: Floats,
 ) -> Any:
     n = plan.panels.n
-    alpha, beta = (_whole_panels(as_array(v, np.float32, (n,), name)) for v, name in ((alpha, "alpha"), (beta, "beta")))
+    alpha, beta = (as_array(v, np.float32, (n,), name) for v, name in ((alpha, "alpha"), (beta, "beta")))
     if residual is not None:
         residual = as_array(residual, np.float32, out.shape, "residual")
         if np.may_share_memory(residual, out):
             raise InputError("residual and out share memory; expected a buffer of its own for the result")
     inside = also_pack and plan.whole_bytes
     bits = np.zeros((*out.shape[:-1], words_for(n)), np.uint64) if inside else None
-    plan.floats(x, alpha, beta, fused, residual, out, bits)
+    plan.floats(alpha, beta, fused)(x, out, residual, bits)
     if not also_pack:
         return out
     return out, bits if bits is not None else pack(out)
-
-
-def _whole_panels(v: Floats) -> Floats:
-    """Return v with zeros up to a multiple of 16 past its end, so that the kernel may read a whole panel anywhere."""
-    return np.concatenate([v, np.zeros(COLUMNS, np.float32)])

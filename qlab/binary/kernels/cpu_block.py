@@ -12,7 +12,7 @@ A module, not an enum: Numba reads a module's integers as constants.
     PLACES,            # table: bytes from an image to where row m starts
     TAPS, WORDS,       # table: bytes from a row's start to its word k; number of words
     PLANES, PLANE_STRIDE,  # bit planes; bytes from one to the next
-    CLASSES, CLASS_STRIDE,  # table: class of row m; bytes of BIAS for one class
+    CLASSES,           # table: bytes from BIAS to the line of row m's class
     PANEL, PANELS,     # weights; number of panels
     PANELS_PER_GROUP, GROUP_CHANNELS, GROUP_STRIDE,  # of a group: panels, output channels, bytes of its words in a pixel
     BIAS,              # table (class, panel, column): bias, or limit where signs come out
@@ -24,7 +24,7 @@ A module, not an enum: Numba reads a module's integers as constants.
     ALPHA, BETA, FUSED, RESIDUAL,  # FLOATS: addresses; whether rounded once; address or 0
     SIGN_BITS, SIGN_STRIDE,  # FLOATS: address of the words of the result's signs, or 0; bytes from row to row
     LENGTH,
-) = range(33)
+) = range(32)
 # fmt: on
 
 INTEGERS, SIGNS, FLOATS = range(3)

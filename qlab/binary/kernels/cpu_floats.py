@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from qlab.binary.kernels import reference
-from qlab.binary.kernels.cpu_launch import address, launch
+from qlab.binary.kernels.cpu_launch import address, launch, new_block
 from qlab.binary.kernels.cpu_panels import as_words
 from qlab.binary.kernels.reference import Floats, Ints, Pair, Words, output_size, words_for
 from qlab.errors import InputError
@@ -128,8 +128,9 @@ def _pack(
         size, name = RUN, "pack_rows"
         count = x.size // channels
         chunks = -(-count // RUN)
-    words = (0, address(x), count, channels, *numbers, mode, address(out), size, 0)
-    if launch(name, words, chunks, x.size < SMALL)[9]:
+    block = new_block((0, address(x), count, channels, *numbers, mode, address(out), size, 0))
+    launch(name, block, chunks, x.size < SMALL)
+    if block[9]:
         raise InputError("there is NaN, which has no sign, among the numbers to be packed")
     return out
 
@@ -147,8 +148,8 @@ def threshold_pack(z: Ints, threshold: Ints, flip: Words, out: Words | None = No
     out = result(out, (*z.shape[:-1], len(flip)), np.uint64)
     if out.size:
         rows = z.size // channels
-        words = (0, address(z), rows, channels, address(threshold), address(flip), address(out), RUN)
-        launch("threshold_rows", words, -(-rows // RUN), z.size < SMALL)
+        block = new_block((0, address(z), rows, channels, address(threshold), address(flip), address(out), RUN))
+        launch("threshold_rows", block, -(-rows // RUN), z.size < SMALL)
     return out
 
 
@@ -168,7 +169,7 @@ def max_pool2d(x: Words, kernel: Pair, stride: Pair, padding: Pair = (0, 0), out
     out = result(out, (n, *size, words), np.uint64)
     if out.size:
         block = (0, address(x), n, height, width, words, *size, *kernel, *stride, *padding, address(out))
-        launch("pool", block, n * size[0], x.size < SMALL)
+        launch("pool", new_block(block), n * size[0], x.size < SMALL)
     return out
 
 
@@ -179,7 +180,8 @@ def bitplane_input(x: np.ndarray, out: Words | None = None) -> Words:
     out = result(out, (8, *x.shape[:-1], words_for(channels)), np.uint64)
     if out.size:
         rows = x.size // channels
-        launch("digits", (0, address(x), rows, channels, address(out), RUN), -(-rows // RUN), x.size < SMALL)
+        block = new_block((0, address(x), rows, channels, address(out), RUN))
+        launch("digits", block, -(-rows // RUN), x.size < SMALL)
     return out
 
 
@@ -216,6 +218,6 @@ def signed_sum_matmul(x: Floats, w: Words | SignMasks, out: Floats | None = None
         raise InputError(f"x has {k} columns and the weights {masks.array.shape[1]}; expected the same")
     out = result(out, (rows, masks.n), np.float32)
     if out.size:
-        words = (0, address(x), rows, k, address(masks.array), masks.n, address(out))
-        launch("signed_sums", words, len(masks.array), rows * k * masks.n < SMALL * 4)
+        block = new_block((0, address(x), rows, k, address(masks.array), masks.n, address(out)))
+        launch("signed_sums", block, len(masks.array), rows * k * masks.n < SMALL * 4)
     return out

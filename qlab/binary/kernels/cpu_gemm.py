@@ -10,12 +10,12 @@ What stands at word k of a row is found by two tables, where a row starts and wh
 convolution is the same loop as a product. Carry-save adders (one popcount for two words, by ternary logic) were tried: on Zen 5,
 which counts as fast as it adds, they lost a quarter.
 
-The sum of a row over P bit planes, sum_n 2^n u_n, comes by Horner's rule: plane P - 1 first, doubled before the next. With
-v = u ^ complement the result of a channel is
+The sum of a row over P bit planes, sum_n 2^n u_n, comes by Horner's rule: plane P - 1 first, doubled before the next. The
+result of a channel is
 
-    z = bias - (v << shift)           signs: shift 1, complement 0, bias K:  K - 2 u
-                                      digits {0, 1}: shift 0, complement -1: bias + 1 + u
-    bit = (z < threshold) = v > limit, limit = (bias - threshold) >> shift
+    z = bias - ((u ^ complement) << shift)      signs: shift 1, complement 0, bias K:  K - 2 u
+                                                digits {0, 1}: shift 0, complement -1: bias + 1 + u
+    bit = (z < threshold) = u > limit, limit = (bias - threshold) >> 1           signs only
 
 where bias and limit are tables by class of the pixel (which taps lie outside the image) and channel, so that borders cost nothing.
 """
@@ -129,14 +129,12 @@ def _tile(rows: int) -> Any:
             starts = [builder.add(x, load(builder, places, I64, 8 * r)) for r in range(rows)]
             u = _popcounts(builder, block, starts, panel)
             wide = vector(I64, LANES)
-            complement = splat(builder, _field(builder, block, B.COMPLEMENT), LANES)
-            u = [[builder.xor(part, complement) for part in parts] for parts in u]
             classes = builder.add(_field(builder, block, B.CLASSES), builder.mul(row, constant(8)))
-            stride = _field(builder, block, B.CLASS_STRIDE)
-            tables = [builder.add(bias, builder.mul(load(builder, classes, I64, 8 * r), stride)) for r in range(rows)]
-            kind = _field(builder, block, B.KIND)
-            out, out_stride = _field(builder, block, B.OUT), _field(builder, block, B.OUT_STRIDE)
-            lines = [builder.add(out, builder.mul(builder.add(first, constant(r)), out_stride)) for r in range(rows)]
+            tables = [builder.add(bias, load(builder, classes, I64, 8 * r)) for r in range(rows)]
+            kind, stride = _field(builder, block, B.KIND), _field(builder, block, B.OUT_STRIDE)
+            lines = [builder.add(_field(builder, block, B.OUT), builder.mul(first, stride))]
+            for _ in range(rows - 1):
+                lines.append(builder.add(lines[-1], stride))
             is_signs = builder.icmp_signed("==", kind, constant(SIGNS))
             at_bit = builder.lshr(channel, constant(3))
             at_column = builder.mul(channel, constant(4))
@@ -152,16 +150,16 @@ def _tile(rows: int) -> Any:
                         store(builder, builder.xor(mask, flip), builder.add(lines[r], at_bit), align=2)
                 with numbers:
                     columns = Columns(builder, valid)
-                    shift = splat(builder, _field(builder, block, B.SHIFT), LANES)
+                    shift, complement = (
+                        splat(builder, _field(builder, block, name), LANES) for name in (B.SHIFT, B.COMPLEMENT)
+                    )
                     z = []
                     for r in range(rows):
-                        parts = [
-                            builder.trunc(
-                                builder.sub(load(builder, tables[r], wide, 8 * LANES * v), builder.shl(u[r][v], shift)),
-                                vector(I32, LANES),
-                            )
-                            for v in range(VECTORS)
-                        ]
+                        parts = []
+                        for v in range(VECTORS):
+                            counted = builder.shl(builder.xor(u[r][v], complement), shift)
+                            whole = builder.sub(load(builder, tables[r], wide, 8 * LANES * v), counted)
+                            parts.append(builder.trunc(whole, vector(I32, LANES)))
                         z.append(join(builder, *parts))
                     with builder.if_else(builder.icmp_signed("==", kind, constant(INTEGERS))) as (integers, floats):
                         with integers:

@@ -14,14 +14,15 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 
-__all__ = ["address", "compile_kernel", "launch"]
+__all__ = ["KERNELS", "address", "compile_kernel", "launch", "new_block"]
 
 log = logging.getLogger("qlab")
 
@@ -37,8 +38,18 @@ KERNELS = {
     "threshold_rows": "cpu_bits",
 }
 
+
+@dataclass(frozen=True)
+class _Kernel:
+    """A compiled kernel: its address, a ctypes function of a block's address, and what owns the code."""
+
+    address: int
+    run: Any
+    owner: Any
+
+
 _lock = threading.RLock()
-_kernels: dict[str, Any] = {}
+_kernels: dict[str, _Kernel] = {}
 _seconds = 0.0
 _forked = False
 
@@ -69,8 +80,8 @@ def _python_threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="qlab-kernel")
 
 
-def compile_kernel(name: str) -> Any:
-    """Return the kernel as a Numba cfunc, compiled on first use and cached on disk where that can be written."""
+def compile_kernel(name: str) -> _Kernel:
+    """Return a kernel, compiled by Numba on first use and cached on disk where that can be written."""
     global _seconds
     with _lock:
         if name in _kernels:
@@ -81,40 +92,47 @@ def compile_kernel(name: str) -> Any:
         function = getattr(importlib.import_module(f"qlab.binary.kernels.{KERNELS[name]}"), name)
         one_word = types.void(types.int64)
         try:
-            kernel = cfunc(one_word, cache=True, error_model="numpy")(function)
+            made = cfunc(one_word, cache=True, error_model="numpy")(function)
         except RuntimeError:  # no folder to keep it in
-            kernel = cfunc(one_word, error_model="numpy")(function)
+            made = cfunc(one_word, error_model="numpy")(function)
         before, _seconds = _seconds, _seconds + time.perf_counter() - start
         if before < SLOW <= _seconds:
             log.info("compiling the CPU kernels of packed nets; this happens once per machine and version")
-        _kernels[name] = kernel
-        return kernel
+        _kernels[name] = _Kernel(int(made.address or 0), made.ctypes, made)
+        return _kernels[name]
 
 
-def launch(name: str, words: Sequence[int], chunks: int, serial: bool = False) -> Any:
-    """Run a kernel on a block of int64 words, on at most `chunks` threads; return the block.
+def new_block(words: Iterable[int]) -> Any:
+    """Return a block of int64 words."""
+    values = tuple(words)
+    return (ctypes.c_int64 * len(values))(*values)
+
+
+def launch(name: str, block: Any, chunks: int, serial: bool = False) -> None:
+    """Run a kernel on a block, on at most `chunks` threads.
 
     Args:
         name: the kernel.
-        words: its arguments; word 0 has to be 0. The arrays they point to have to outlive the call.
+        block: of `new_block`; word 0 has to be 0. The arrays that it points to have to outlive the call.
         chunks: of work; more threads than that would idle.
         serial: whether waking another thread would take longer than the work.
     """
     kernel = _kernels.get(name) or compile_kernel(name)
-    block = (ctypes.c_int64 * len(words))(*words)
     threads = 1 if serial or _forked else min(torch.get_num_threads(), chunks)
     if threads <= 1:
-        kernel.ctypes(ctypes.addressof(block))
+        kernel.run(ctypes.addressof(block))
     elif (fork := _openmp()) is not None:
         fork(kernel.address, ctypes.addressof(block), threads, 0)
     else:
-        others = [_python_threads().submit(kernel.ctypes, ctypes.addressof(block)) for _ in range(threads - 1)]
-        kernel.ctypes(ctypes.addressof(block))
+        others = [_python_threads().submit(kernel.run, ctypes.addressof(block)) for _ in range(threads - 1)]
+        kernel.run(ctypes.addressof(block))
         for other in others:
             other.result()
-    return block
 
 
 def address(array: Any) -> int:
-    """Return where an array's data starts; quicker than `array.ctypes.data`."""
-    return array.__array_interface__["data"][0]
+    """Return where the data of a contiguous numpy array starts."""
+    try:  # several times quicker than asking numpy
+        return ctypes.addressof(ctypes.c_char.from_buffer(array))
+    except (TypeError, ValueError):  # an array that may not be written, or is empty
+        return array.__array_interface__["data"][0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal
@@ -11,17 +12,18 @@ from numpy.typing import NDArray
 
 from qlab.binary.kernels import cpu_block
 from qlab.binary.kernels.cpu_block import COLUMNS, FLOATS, INTEGERS, SIGNS
-from qlab.binary.kernels.cpu_launch import address, launch
+from qlab.binary.kernels.cpu_launch import address, launch, new_block
 from qlab.binary.kernels.cpu_panels import Panels
 from qlab.binary.kernels.reference import Floats, Ints, Pair, Words, output_size, words_for
 from qlab.errors import InputError
 
-__all__ = ["Plan", "conv_plan", "matmul_plan"]
+__all__ = ["Pad", "Plan", "Product", "conv_plan", "matmul_plan"]
 
 Pad = Literal["zero", "one"]
 
 RUN = 128  # rows of a chunk: their words stay in the second-level cache while the panels pass by
 MATMUL_ROWS = 1024  # rows that the tables of a matrix product describe; a larger one is cut into such "images"
+KEPT = 64  # thresholds or scales of one plan, so that a caller whose numbers always change does not fill the memory
 CHUNKS = 32  # wanted, so that threads finish together
 SMALL = 100_000  # products of two words (64 signs) that one thread does before another one is awake
 
@@ -80,16 +82,43 @@ def _geometry(
     )
 
 
+class Product:
+    """A plan together with what becomes of its integers; call it with the data. `Plan` makes these and keeps them."""
+
+    def __init__(self, plan: Plan, kind: int, table: NDArray[np.int64], row_bytes: int, values: dict[int, Any]) -> None:
+        self._plan, self._keep = plan, (table, *values.values())
+        block = plan.block()
+        block[cpu_block.KIND] = kind
+        block[cpu_block.BIAS] = address(table)
+        block[cpu_block.OUT_STRIDE] = row_bytes
+        for index, value in values.items():
+            block[index] = value if isinstance(value, int) else address(value)
+        self._block = block
+
+    def __call__(self, x: Words, out: Any, residual: Floats | None = None, bits: Words | None = None) -> None:
+        """Read contiguous words (with their border) and write `out`, rows of the plan's size, and `bits`."""
+        if not out.size:
+            return
+        block = type(self._block).from_buffer_copy(self._block)
+        block[cpu_block.X] = address(x)
+        block[cpu_block.OUT] = address(out)
+        if residual is not None:
+            block[cpu_block.RESIDUAL] = address(residual)
+        if bits is not None:
+            block[cpu_block.SIGN_BITS] = address(bits)
+        launch("gemm", block, self._plan.chunks, self._plan.serial)
+
+
 class Plan:
-    """A product or convolution of given shapes and weights; call one of its methods with the data.
+    """A product or convolution of given shapes and weights, and the `Product`s that were made of it.
 
     Args:
         panels: the weights.
         geometry: where a row's words stand.
         rows: rows (output pixels) in all.
         image_stride: bytes from one image to the next.
-        group_stride: bytes from one group's words to the next's, within a pixel.
         bias: int64 (classes, O).
+        group_stride: bytes from one group's words to the next's, within a pixel.
         shift, complement, planes, plane_stride: see `cpu_gemm`.
     """
 
@@ -106,45 +135,44 @@ class Plan:
         planes: int = 1,
         plane_stride: int = 0,
     ) -> None:
-        self.panels, self.geometry, self.rows, self.bias, self.shift = panels, geometry, rows, bias, shift
+        self.panels, self.geometry, self._bias = panels, geometry, bias
         each, count = len(geometry.places), panels.groups * panels.per_group
         run = min(RUN, -(-each // 8) * 8)
         row_chunks = -(-rows // each) * -(-each // run)
         panel_run = max(1, count * row_chunks // CHUNKS)
         self.chunks = row_chunks * -(-count // panel_run)
         self.serial = rows * panels.n * panels.words * planes < SMALL
-        self._bias_table = self._columns(bias)
-        block = [0] * cpu_block.LENGTH
-        for index, value in (
-            (cpu_block.ROWS, rows),
-            (cpu_block.ROWS_EACH, each),
-            (cpu_block.IMAGE_STRIDE, image_stride),
-            (cpu_block.PLACES, address(geometry.places)),
-            (cpu_block.TAPS, address(geometry.taps)),
-            (cpu_block.WORDS, panels.words),
-            (cpu_block.PLANES, planes),
-            (cpu_block.PLANE_STRIDE, plane_stride),
-            (cpu_block.CLASSES, address(geometry.classes)),
-            (cpu_block.CLASS_STRIDE, count * COLUMNS * 8),
-            (cpu_block.PANEL, address(panels.array)),
-            (cpu_block.PANELS, count),
-            (cpu_block.PANELS_PER_GROUP, panels.per_group),
-            (cpu_block.GROUP_CHANNELS, panels.n // panels.groups),
-            (cpu_block.GROUP_STRIDE, group_stride),
-            (cpu_block.SHIFT, shift),
-            (cpu_block.COMPLEMENT, complement),
-            (cpu_block.ROW_RUN, run),
-            (cpu_block.PANEL_RUN, panel_run),
-        ):
-            block[index] = value
-        self._block = block
+        self._classes = geometry.classes * (8 * COLUMNS * count)
+        self._products: dict[Any, Product] = {}
+        self._values = {
+            cpu_block.ROWS: rows,
+            cpu_block.ROWS_EACH: each,
+            cpu_block.IMAGE_STRIDE: image_stride,
+            cpu_block.PLACES: address(geometry.places),
+            cpu_block.TAPS: address(geometry.taps),
+            cpu_block.WORDS: panels.words,
+            cpu_block.PLANES: planes,
+            cpu_block.PLANE_STRIDE: plane_stride,
+            cpu_block.CLASSES: address(self._classes),
+            cpu_block.PANEL: address(panels.array),
+            cpu_block.PANELS: count,
+            cpu_block.PANELS_PER_GROUP: panels.per_group,
+            cpu_block.GROUP_CHANNELS: panels.n // panels.groups,
+            cpu_block.GROUP_STRIDE: group_stride,
+            cpu_block.SHIFT: shift,
+            cpu_block.COMPLEMENT: complement,
+            cpu_block.ROW_RUN: run,
+            cpu_block.PANEL_RUN: panel_run,
+        }
+
+    def block(self) -> Any:
+        """Return a block with what does not depend on the data or the epilogue."""
+        return new_block(self._values.get(index, 0) for index in range(cpu_block.LENGTH))
 
     def _columns(self, table: NDArray[np.int64], fill: int = 0) -> NDArray[np.int64]:
         """Return (classes, O) as the kernel's table (classes, groups, panels per group, 16)."""
         groups, width = self.panels.groups, self.panels.per_group * COLUMNS
         each = self.panels.n // groups
-        if each == width:
-            return np.ascontiguousarray(table)
         padded = np.full((len(table), groups, width), fill, np.int64)
         padded[..., :each] = table.reshape(len(table), groups, each)
         return padded
@@ -154,60 +182,44 @@ class Plan:
         """Whether the signs of a panel start at a byte of their own, so that the kernel can write bits."""
         return self.panels.groups == 1 or self.panels.n // self.panels.groups % COLUMNS == 0
 
-    def limits(self, threshold: Ints) -> NDArray[np.int64]:
-        """Return the table that `signs` compares with, for thresholds int32 (O,): bit = z < threshold."""
-        table = (self.bias - threshold.astype(np.int64)) >> self.shift
-        return self._columns(table, fill=np.iinfo(np.int64).max)  # columns that are none are never above it
+    def _product(self, key: Any, make: Callable[[], Product]) -> Product:
+        product = self._products.get(key)
+        if product is None:
+            if len(self._products) >= KEPT:
+                self._products.clear()
+            product = self._products[key] = make()
+        return product
 
-    def integers(self, x: Words, out: Ints) -> None:
-        """Write the products z into int32 rows."""
-        self._run(x, INTEGERS, self._bias_table, out, 4 * self.panels.n)
+    def integers(self) -> Product:
+        """Return the product that writes z as int32."""
+        return self._product(
+            INTEGERS, lambda: Product(self, INTEGERS, self._columns(self._bias), 4 * self.panels.n, {})
+        )
 
-    def signs(self, x: Words, limits: NDArray[np.int64], flip: Words, out: Words) -> None:
-        """Write the bits (z < threshold) xor flip into rows of words."""
-        self._run(x, SIGNS, limits, out, 8 * words_for(self.panels.n), {cpu_block.FLIP: address(flip)})
+    def signs(self, threshold: Ints, flip: Words) -> Product:
+        """Return the product of signs that writes words: the bits (z < threshold) xor flip."""
 
-    def floats(
-        self,
-        x: Words,
-        alpha: Floats,
-        beta: Floats,
-        fused: bool,
-        residual: Floats | None,
-        out: Floats,
-        bits: Words | None,
-    ) -> None:
-        """Write z alpha + beta (+ residual) into float32 rows, and the bits of its signs; alpha and beta have whole panels."""
-        more = {
-            cpu_block.ALPHA: address(alpha),
-            cpu_block.BETA: address(beta),
-            cpu_block.FUSED: int(fused),
-            cpu_block.RESIDUAL: 0 if residual is None else address(residual),
-            cpu_block.SIGN_BITS: 0 if bits is None else address(bits),
-            cpu_block.SIGN_STRIDE: 8 * words_for(self.panels.n),
-        }
-        self._run(x, FLOATS, self._bias_table, out, 4 * self.panels.n, more)
+        def make() -> Product:
+            limits = (self._bias - threshold.astype(np.int64)) >> 1
+            table = self._columns(limits, fill=np.iinfo(np.int64).max)  # columns past the last are never above it
+            return Product(self, SIGNS, table, 8 * words_for(self.panels.n), {cpu_block.FLIP: flip.copy()})
 
-    def _run(
-        self,
-        x: Words,
-        kind: int,
-        table: NDArray[np.int64],
-        out: Any,
-        out_stride: int,
-        more: dict[int, int] | None = None,
-    ) -> None:
-        if not out.size:
-            return
-        block = self._block.copy()
-        block[cpu_block.X] = address(x)
-        block[cpu_block.KIND] = kind
-        block[cpu_block.BIAS] = address(table)
-        block[cpu_block.OUT] = address(out)
-        block[cpu_block.OUT_STRIDE] = out_stride
-        for index, value in (more or {}).items():
-            block[index] = value
-        launch("gemm", block, self.chunks, self.serial)
+        return self._product((threshold.tobytes(), flip.tobytes()), make)
+
+    def floats(self, alpha: Floats, beta: Floats, fused: bool) -> Product:
+        """Return the product that writes z alpha + beta (+ residual) as float32, and the bits of its signs if asked."""
+
+        def make() -> Product:
+            spare = np.zeros(COLUMNS, np.float32)  # the kernel reads whole panels
+            values = {
+                cpu_block.ALPHA: np.concatenate([alpha, spare]),
+                cpu_block.BETA: np.concatenate([beta, spare]),
+                cpu_block.FUSED: int(fused),
+                cpu_block.SIGN_STRIDE: 8 * words_for(self.panels.n),
+            }
+            return Product(self, FLOATS, self._columns(self._bias), 4 * self.panels.n, values)
+
+        return self._product((alpha.tobytes(), beta.tobytes(), fused), make)
 
 
 @lru_cache(maxsize=256)

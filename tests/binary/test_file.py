@@ -1,0 +1,237 @@
+"""Packed nets on disk: the same bits come back, and nothing that was changed loads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tracemalloc
+from collections import Counter
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qlab.binary import file, shapes
+from qlab.binary.certificate import digest
+from qlab.binary.packed import PackedNet, compile
+from qlab.errors import InputError, PackedFileError
+from tests.strategies import Small, damaged, deployed, edited, rebuilt, taken_apart
+
+BATCH = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+FUZZ = settings(
+    deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck), print_blob=False
+)
+
+
+@pytest.fixture(scope="module")
+def packed() -> PackedNet:
+    torch.manual_seed(0)
+    net = compile(deployed(Small(), (2, 8, 8)), BATCH)
+    net.verify(BATCH, ["torch", "numpy"])
+    return net
+
+
+@pytest.fixture(scope="module")
+def data(packed: PackedNet, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("good") / "net.safetensors"
+    packed.save(path)
+    return path.read_bytes()
+
+
+# ---- what comes back ------------------------------------------------------------------------------------------------
+
+
+def test_a_loaded_net_has_the_same_graph_certificate_and_logits(packed: PackedNet, tmp_path: Path) -> None:
+    packed.save(tmp_path / "net.safetensors")
+    loaded = file.load(tmp_path / "net.safetensors")
+    assert loaded.graph.steps == packed.graph.steps
+    assert loaded.graph.layers == packed.graph.layers
+    assert loaded.certificate == packed.certificate
+    assert loaded.certificate is not None
+    assert loaded.certificate.exact
+    for name, tensor in packed.graph.tensors.items():
+        assert loaded.graph.tensors[name].dtype == tensor.dtype
+        assert loaded.graph.tensors[name].flags.writeable
+        np.testing.assert_array_equal(loaded.graph.tensors[name], tensor)
+    assert torch.equal(loaded(BATCH, "numpy"), packed(BATCH, "torch"))
+
+
+def test_a_new_process_gives_the_same_bits(packed: PackedNet, tmp_path: Path) -> None:
+    packed.save(tmp_path / "net.safetensors")
+    np.save(tmp_path / "batch.npy", BATCH.numpy())
+    code = (
+        "import numpy, torch; from qlab.binary.certificate import digest; from qlab.binary.file import load;"
+        "x = torch.from_numpy(numpy.load('batch.npy')); print(digest(load('net.safetensors')(x, 'numpy')))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == digest(packed(BATCH, "torch"))
+
+
+def test_saving_twice_writes_the_same_bytes(packed: PackedNet, data: bytes, tmp_path: Path) -> None:
+    packed.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == data
+    file.load(tmp_path / "again").save(tmp_path / "once more")
+    assert (tmp_path / "once more").read_bytes() == data
+
+
+def test_any_safetensors_reader_reads_the_tensors(packed: PackedNet, tmp_path: Path) -> None:
+    packed.save(tmp_path / "net.safetensors")
+    tensors = safetensors.numpy.load_file(tmp_path / "net.safetensors")
+    assert set(tensors) == set(packed.graph.tensors)
+    for name, tensor in packed.graph.tensors.items():
+        np.testing.assert_array_equal(tensors[name], tensor)
+
+
+def test_an_interrupted_save_leaves_the_old_file_and_nothing_else(
+    packed: PackedNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(b"old")
+
+    def interrupt(descriptor: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        packed.save(path)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["net.safetensors"]
+
+
+def test_a_full_disk_is_reported_and_leaves_the_old_file(
+    packed: PackedNet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "net.safetensors"
+    path.write_bytes(b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        packed.save(path)
+    assert path.read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_path_that_cannot_be_written_is_refused(packed: PackedNet, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder"):
+        packed.save(tmp_path)
+    with pytest.raises(InputError, match="no folder"):
+        packed.save(tmp_path / "missing" / "net.safetensors")
+
+
+def test_a_path_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "missing", tmp_path, "null\0byte"):
+        with pytest.raises(PackedFileError, match="cannot read"):
+            file.load(path)
+
+
+# ---- what does not --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda d: b"", "too few"),
+        (lambda d: d[:-1], "take"),
+        (lambda d: d + b"\0", "take"),
+        (lambda d: d[:50], "truncated"),
+        (lambda d: (2**63).to_bytes(8, "little") + d[8:], "more than"),
+        (lambda d: d[:-1] + bytes([d[-1] ^ 1]), "SHA-256 differs"),
+        (lambda d: d.replace(b'\\"fused\\":false', b'\\"fused\\":true ', 1), "not written as it should be"),
+        (lambda d: d.replace(b'\\"output\\":\\"v1', b'\\"output\\":\\"v2', 1), "the digest is another"),
+    ],
+)
+def test_each_kind_of_damage_is_named(data: bytes, edit: object, message: str) -> None:
+    with pytest.raises(PackedFileError, match=message):
+        file._parse(edit(data))  # type: ignore[operator]
+
+
+def test_another_version_says_to_update(data: bytes) -> None:
+    content, tensors = taken_apart(data)
+    with pytest.raises(PackedFileError, match="version 2 of the format; this qlab reads 1"):
+        file._parse(rebuilt({**content, "version": 2}, tensors))
+
+
+def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:
+    path = tmp_path / "net.pt"
+    torch.save({"a": torch.ones(1)}, path)
+    with pytest.raises(PackedFileError, match=r"net\.pt"):
+        file.load(path)
+
+
+def test_no_changed_byte_loads_silently(data: bytes) -> None:
+    seen: Counter[str] = Counter()
+
+    @settings(FUZZ, max_examples=2000)
+    @given(damaged(data))
+    def check(bad: bytes) -> None:
+        if bad == data:
+            seen["as it was"] += 1
+            return
+        with pytest.raises(PackedFileError):
+            file._parse(bad)
+        seen["refused"] += 1
+
+    check()
+    assert seen["refused"] >= 1500, seen
+
+
+@pytest.mark.slow
+def test_no_flipped_bit_loads_silently(data: bytes) -> None:
+    for at in range(len(data)):
+        bad = data[:at] + bytes([data[at] ^ (1 << at % 8)]) + data[at + 1 :]
+        with pytest.raises(PackedFileError):
+            file._parse(bad)
+
+
+def test_a_hostile_net_with_right_digests_is_refused_or_runs(data: bytes) -> None:
+    seen: Counter[str] = Counter()
+
+    @settings(FUZZ, max_examples=1000)
+    @given(edited(data), st.integers(1, 3))
+    def check(bad: bytes, batch: int) -> None:
+        try:
+            net = file._parse(bad)
+        except PackedFileError:
+            seen["refused"] += 1
+            return
+        sizes = shapes.infer(net.graph, batch)
+        if sum(map(prod, sizes.values())) > 2**20:
+            seen["too large to run here"] += 1
+            return
+        x = torch.randn(batch, *net.graph.input_shape, generator=torch.Generator().manual_seed(0))
+        results = [net(x, "torch"), net(x, "numpy")]
+        assert results[0].shape == sizes[net.graph.output]
+        assert torch.equal(results[0].nan_to_num(), results[1].nan_to_num())
+        seen["ran"] += 1
+
+    check()
+    print(seen)
+    assert seen["refused"] > 300, seen
+    assert seen["ran"] > 30, seen
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def test_reading_takes_at_most_four_times_the_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = compile(deployed("mlp", (1, 8, 8), hidden=(2048, 2048)), torch.zeros(1, 1, 8, 8))
+    path = tmp_path / "net.safetensors"
+    net.save(path)
+    file.load(path)  # imports are not counted
+    tracemalloc.start()
+    file.load(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_size > 2**20
+    assert peak <= 4 * path.stat().st_size
+    print(peak / path.stat().st_size)
