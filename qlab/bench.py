@@ -33,7 +33,7 @@ from qlab.errors import InputError, QlabError, UnknownNameError
 
 __all__ = ["Comparison", "Row", "benchmarks", "compare", "report", "run"]
 
-GoalKind = Literal["ratio", "seconds", "extra seconds"]
+GoalKind = Literal["ratio", "seconds", "extra seconds", "times"]
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,14 @@ class Comparison:
             that times itself).
         peer: what a user would pick instead, doing the same work.
         peer_name: what that is.
-        goal: an upper bound; None makes the row a figure without a goal.
-        goal_kind: of what: "ratio" ours/peer, "seconds" of ours, "extra seconds" of ours over peer.
+        goal: a bound; None makes the row a figure without a goal.
+        goal_kind: of what: "ratio" ours/peer, "seconds" of ours, "extra seconds" of ours over peer, all from above;
+            "times", peer/ours, from below.
         rounds: timed runs of each.
         warmup: untimed runs of each before.
+        unit: of what is compared. Other than "s", both sides return their figure, such as a size in KB.
+        operations: how many the work takes, for the rate of ours.
+        limit: the most operations a second that the device can do, for the fraction that ours reaches.
     """
 
     name: str
@@ -60,6 +64,9 @@ class Comparison:
     goal_kind: GoalKind = "ratio"
     rounds: int = 15
     warmup: int = 2
+    unit: str = "s"
+    operations: float | None = None
+    limit: float | None = None
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.warmup < 0:
@@ -68,7 +75,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Row:
-    """The result of a comparison; times in seconds.
+    """The result of a comparison; times in seconds, or in `unit`.
 
     Args:
         name: what was compared.
@@ -82,6 +89,9 @@ class Row:
         ours_spread: interquartile range of ours / median.
         peer_spread: interquartile range of peer / median.
         rounds: timed runs of each.
+        unit: of ours and peer.
+        rate: operations a second of ours, None where they are not counted.
+        of_limit: rate as a fraction of the device's limit.
     """
 
     name: str
@@ -95,17 +105,22 @@ class Row:
     ours_spread: float
     peer_spread: float
     rounds: int
+    unit: str = "s"
+    rate: float | None = None
+    of_limit: float | None = None
 
     def __str__(self) -> str:
-        times = (
-            f"{self.ours_s:.4g} s ± {self.ours_spread:.0%}, {self.peer} {self.peer_s:.4g} s ± {self.peer_spread:.0%}"
-        )
-        goal = (
-            ""
-            if self.goal is None
-            else f"; {self.goal_kind} at most {self.goal:g}: {'holds' if self.holds else 'MISSED'}"
-        )
-        return f"{self.name}: {times}, ratio {self.ratio:.3f}{goal}"
+        ours = f"{self.ours_s:.4g} {self.unit} ± {self.ours_spread:.0%}"
+        if self.rate is not None:
+            share = "" if self.of_limit is None else f", {self.of_limit:.0%} of the limit"
+            ours += f" ({self.rate / 1e12:.2f} Tera-operations a second{share})"
+        peer = f"{self.peer} {self.peer_s:.4g} {self.unit} ± {self.peer_spread:.0%}"
+        ratio = f"{1 / self.ratio:.1f} times" if self.goal_kind == "times" else f"ratio {self.ratio:.3f}"
+        goal = ""
+        if self.goal is not None:
+            bound = "at least" if self.goal_kind == "times" else f"{self.goal_kind} at most"
+            goal = f"; {bound} {self.goal:g}: {'holds' if self.holds else 'MISSED'}"
+        return f"{self.name}: {ours}, {peer}, {ratio}{goal}"
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -145,19 +160,27 @@ def compare(comparison: Comparison) -> Row:
         "ratio": ratio,
         "seconds": statistics.median(ours),
         "extra seconds": statistics.median(map(operator.sub, ours, peer)),
+        "times": 1 / ratio,
     }[comparison.goal_kind]
+    median = statistics.median(ours)
+    rate = None if comparison.operations is None else comparison.operations / median
+    goal = comparison.goal
+    holds = None if goal is None else measured >= goal if comparison.goal_kind == "times" else measured <= goal
     return Row(
         name=comparison.name,
-        ours_s=statistics.median(ours),
+        ours_s=median,
         peer=comparison.peer_name,
         peer_s=statistics.median(peer),
         ratio=ratio,
-        goal=comparison.goal,
-        holds=None if comparison.goal is None else measured <= comparison.goal,
+        goal=goal,
+        holds=holds,
         goal_kind=comparison.goal_kind,
         ours_spread=_spread(ours),
         peer_spread=_spread(peer),
         rounds=comparison.rounds,
+        unit=comparison.unit,
+        rate=rate,
+        of_limit=None if rate is None or comparison.limit is None else rate / comparison.limit,
     )
 
 

@@ -147,3 +147,23 @@ def test_versions_name_what_decides_a_result() -> None:
     versions = provenance.versions()
     assert {"python", "qlab", "torch", "pytorch-lightning", "numpy"} == set(versions)
     assert "unknown" not in versions.values()
+
+
+@pytest.mark.parametrize(("goal", "holds"), [(3.9, True), (4.1, False)])
+def test_times_is_a_bound_from_below(goal: float, holds: bool) -> None:
+    row = compare(Comparison("x", lambda: 0.5, lambda: 2.0, "y", goal, "times", rounds=2))
+    assert row.holds is holds
+    assert "4.0 times" in str(row)
+
+
+def test_rate_and_its_share_of_the_limit() -> None:
+    row = compare(Comparison("x", lambda: 0.5, lambda: 2.0, "y", rounds=1, operations=1e12, limit=4e12))
+    assert row.rate == 2e12
+    assert row.of_limit == 0.5
+    assert "2.00 Tera-operations a second, 50% of the limit" in str(row)
+
+
+def test_other_units_than_seconds() -> None:
+    row = compare(Comparison("size", lambda: 3.0, lambda: 33.0, "float", 11.0, "times", rounds=1, unit="KB"))
+    assert row.holds
+    assert "3 KB" in str(row)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlab.binary.backends import Words
+from qlab.binary.backends import Observe, Words
 from qlab.binary.graph import Graph, Step
 from qlab.binary.kernels import cpu
 from qlab.binary.shapes import Shape, infer
@@ -108,15 +108,15 @@ class Numba(Words):
         self.out: dict[str, np.ndarray] = {}
         self.panels = {step.outputs[0]: _panels(step, graph) for step in graph.steps if "weight" in step.tensors}
 
-    def run(self, x: Tensor) -> Tensor:
-        """Return the output for a batch of inputs."""
+    def run(self, x: Tensor, observe: Observe | None = None) -> Tensor:
+        """Return the output for a batch of inputs; see `Backend.run`."""
         with self.lock:
             if len(x) not in self.plans:
                 while len(self.plans) >= PLANS:
                     self.plans.pop(next(iter(self.plans)))
                 self.plans[len(x)] = Buffers(self.graph, len(x))
             self.out = self.plans[len(x)].arrays
-            y = super().run(x)
+            y = super().run(x, observe)
             return y.clone()  # the next batch writes into the same buffers
 
     def pack(self, step: Step, x: Tensor) -> np.ndarray:

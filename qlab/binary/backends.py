@@ -20,13 +20,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qlab.binary.bits import unpack, words_to_array
-from qlab.binary.floats import FLOAT_OPS, ORDER_SENSITIVE
+from qlab.binary.floats import FLOAT_OPS, ORDER_SENSITIVE, POOLS
 from qlab.binary.graph import Graph, Step
 from qlab.binary.kernels import reference
 from qlab.binary.ops import signed_sum_matmul
+from qlab.errors import InputError
 from qlab.quantizers import hard_sign
 
-__all__ = ["Backend", "Simulation", "WordKernels", "Words"]
+__all__ = ["Backend", "Observe", "Simulation", "WordKernels", "Words"]
+
+Observe = Callable[[Step, tuple[Any, ...]], None]
+"""Called with a step and its values as they are given."""
 
 
 class Backend:
@@ -54,11 +58,19 @@ class Backend:
         return tensor.to(self.device)
 
     @torch.no_grad()
-    def run(self, x: Tensor) -> Tensor:
-        """Return the output for a batch of inputs."""
+    def run(self, x: Tensor, observe: Observe | None = None) -> Tensor:
+        """Return the output for a batch of inputs.
+
+        Args:
+            x: (N, *input_shape), float32.
+            observe: called with every step and the values it gave, right after it ran. They may be buffers that later
+                steps write into: copy what is to be kept.
+        """
         values: dict[str, Any] = {"input": x.to(self.device)}
         for i, step in enumerate(self.graph.steps):
             results = self.step(step, [values[name] for name in step.inputs])
+            if observe is not None:
+                observe(step, results)
             values.update(zip(step.outputs, results, strict=True))
             for name in self.released[i]:
                 values.pop(name, None)
@@ -69,6 +81,8 @@ class Backend:
         if step.op in FLOAT_OPS:
             if step.op in ORDER_SENSITIVE:
                 inputs = [standard(x) for x in inputs]
+            elif step.op in POOLS:
+                inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
             tensors = {role: self.tensors[name] for role, name in step.tensors.items()}
             return (FLOAT_OPS[step.op](inputs, tensors, step.options),)
         method: Callable[..., Any] = getattr(self, step.op)
@@ -222,7 +236,12 @@ class Words(Backend):
 
     def pack(self, step: Step, x: Tensor) -> np.ndarray:
         """Return the words of the signs of x, or of its batch norm, channels last."""
-        return self.kernels.pack(np.ascontiguousarray(self.affine(step, x).movedim(1, -1).numpy()))
+        return self._signs(self.affine(step, x))
+
+    def _signs(self, x: Tensor) -> np.ndarray:
+        if bool(x.isnan().any()):  # the simulation carries NaN on; bits cannot
+            raise InputError("there is NaN, which has no sign, among the numbers to be packed")
+        return self.kernels.pack(np.ascontiguousarray(x.movedim(1, -1).numpy()))
 
     def unpack(self, step: Step, x: np.ndarray) -> Tensor:
         """Return the signs as floats (N, C, ...)."""
@@ -247,7 +266,7 @@ class Words(Backend):
             return self.kernels.threshold_pack(z, self.words(step, "threshold"), self.words(step, "flip"))
         y = self.affine(step, torch.from_numpy(np.ascontiguousarray(z)).float().movedim(-1, 1))
         y = y + residual[0] if residual else y
-        return y if len(step.outputs) == 1 else (y, self.kernels.pack(np.ascontiguousarray(y.movedim(1, -1).numpy())))
+        return y if len(step.outputs) == 1 else (y, self._signs(y))
 
     def max_pool_bits(self, step: Step, x: np.ndarray) -> np.ndarray:
         """Return the packed maximum, negated in flipped channels."""

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["FLOAT_OPS", "ORDER_SENSITIVE"]
+__all__ = ["FLOAT_OPS", "ORDER_SENSITIVE", "POOLS"]
 
 Run = Callable[[Sequence[Tensor], Mapping[str, Tensor], Mapping[str, Any]], Tensor]
 
@@ -74,5 +74,8 @@ FLOAT_OPS: dict[str, Run] = {
     "cat": lambda x, t, o: torch.cat(list(x), o["dim"]),
 }
 
-ORDER_SENSITIVE = frozenset({"conv2d", "linear", "avg_pool2d", "adaptive_avg_pool2d", "mean"})
+ORDER_SENSITIVE = frozenset({"conv2d", "linear", "adaptive_avg_pool2d", "mean"})
 """Operations that sum. Torch sums in another order for another memory layout, so they get the layout of the original net."""
+
+POOLS = frozenset({"max_pool2d", "avg_pool2d"})
+"""Operations that give the same bits in every layout, and are much faster where channels come last."""

@@ -90,6 +90,11 @@ def _results(step: Step, f: _Facts) -> list[_Value]:
             raise InputError(f"{name} is {option}; expected integers that fit into 32 bits")
     if any(value.pixel is not None for value in f.x) and step.op != "binary_linear":
         raise InputError("takes a flattened picture of bits, which only a binary_linear does")
+    for role, tensor in f.t.items():
+        if tensor.dtype == np.float32 and not np.isfinite(tensor).all():
+            raise InputError(f"{role} holds NaN or infinity; find the layer that diverged")
+    if len(step.outputs) == 2 and "alpha" not in f.t:
+        raise InputError("gives bits beside floats only after batch norm (alpha and beta)")
     if step.op in BIT_RULES:
         return BIT_RULES[step.op](f)
     FLOAT_RULES.get(step.op, lambda f: None)(f)
@@ -181,6 +186,8 @@ def _counted(f: _Facts, option: str, expected: int) -> None:
 
 
 def _pack(f: _Facts) -> list[_Value]:
+    if len(f.shape) not in (2, 4):
+        raise InputError(f"takes a value of shape (N, D) or (N, C, H, W), but it has {f.shape}")
     _per_channel(f, f.channels, "alpha", "beta")
     return [_Value(f.shape)]
 

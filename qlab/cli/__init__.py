@@ -1,10 +1,10 @@
-"""The command line: `qlab methods, describe, fit, test, reproduce, bench`.
+"""The command line: `qlab methods, describe, fit, test, pack, reproduce, bench`.
 
 This file reads the command and hands on. It imports neither torch nor Lightning, so that `--help`, `methods` and every
 mistyped name are answered at once; `qlab.cli.training` (on LightningCLI) and the others are imported when they are needed.
 
 Exit status: 0 done (for `reproduce`: the claim holds; for `bench`: all goals are kept), 2 an error that the user can act on,
-3 the claim fails or a goal is missed, 4 the claim is undecided, 130 interrupted.
+3 the claim fails, a goal is missed, or packed backends differ, 4 the claim is undecided, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -43,6 +43,23 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("fit", help="train a network", add_help=False)
     commands.add_parser("test", help="test a checkpoint", add_help=False)
+
+    pack = commands.add_parser(
+        "pack",
+        help="put a trained net on packed bits",
+        description="Compile a checkpoint's deployed net to packed bits, compare every backend on a batch, and write the net. "
+        "Exit status: 0 all backends gave the same bits, 3 they differ.",
+    )
+    pack.add_argument("checkpoint", metavar="CKPT", help="a checkpoint of `qlab fit`; nothing in it is executed")
+    pack.add_argument("--out", metavar="FILE", help="default: the checkpoint's name with .safetensors")
+    pack.add_argument("--onnx", metavar="FILE", help="also write the simulation as ONNX (needs the extra onnx)")
+    pack.add_argument("--data", metavar="NAME", help="default: what the net was trained on, if config.yaml says it")
+    pack.add_argument(
+        "--product",
+        choices=("unpack", "sums"),
+        default="unpack",
+        help="how sign weights weigh floats: as the original net sums, or with less memory traffic; default: unpack",
+    )
 
     reproduce = commands.add_parser(
         "reproduce",
@@ -99,6 +116,11 @@ def _dispatch(arguments: list[str]) -> int:
         from qlab.cli import shelves
 
         return shelves.methods(options.json) if options.command == "methods" else shelves.describe(options.name)
+
+    if options.command == "pack":
+        from qlab.cli.packing import pack
+
+        return pack(options)
 
     from qlab.cli import judging
 

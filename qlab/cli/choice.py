@@ -20,7 +20,7 @@ from qlab.methods.catalog import CATALOG
 from qlab.models import MODELS
 from qlab.registry import Registry
 
-__all__ = ["Choice", "choose", "main"]
+__all__ = ["Choice", "beside", "choose", "main"]
 
 DEFAULT_DATA = "digits"
 CONFIG_NAME = "config.yaml"
@@ -82,7 +82,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return content
 
 
-def _beside(checkpoint: str | None) -> dict[str, Any]:
+def beside(checkpoint: str | None) -> dict[str, Any]:
     """Return the config that `qlab fit` saved beside a checkpoint, or nothing."""
     path = Path(checkpoint).with_name(CONFIG_NAME) if checkpoint else None
     return read_config(path) if path and path.is_file() else {}
@@ -100,7 +100,7 @@ def choose(stage: str, arguments: list[str]) -> Choice:
         names[kind], arguments = _take(arguments, f"--{kind}")
     path, arguments = _take(arguments, "-c", "--config")
     checkpoint, _ = _take(arguments, "--ckpt_path")
-    config = read_config(Path(path)) if path else _beside(checkpoint)
+    config = read_config(Path(path)) if path else beside(checkpoint)
     config.pop("ckpt_path", None)
     for kind, shelf in SHELVES.items():
         group = config.get(kind)

@@ -250,6 +250,20 @@ def test_powers_of_two_as_scales_stay_exact() -> None:
     )
 
 
+def test_pooling_gives_the_same_bits_in_both_memory_layouts() -> None:
+    # On this the backends rely when they pool channels last.
+    for seed in range(5):
+        x = images(2, 17, 13, 15, seed=seed)
+        last = x.to(memory_format=torch.channels_last)
+        for options in (
+            {"ceil_mode": True},
+            {"stride": 2, "padding": 1},
+            {"stride": 1, "padding": 1, "count_include_pad": False},
+        ):
+            assert torch.equal(F.avg_pool2d(x, 3, **options), F.avg_pool2d(last, 3, **options))  # type: ignore[arg-type]
+        assert torch.equal(F.max_pool2d(x, 3, 2, 1), F.max_pool2d(last, 3, 2, 1))
+
+
 # ---- the report -----------------------------------------------------------------------------------------------------
 
 

@@ -51,6 +51,9 @@ CASES = {
     "groups-of-words": Case(128, 32, (3, 3), (6, 6), groups=2),
     "groups-with-odd-outputs": Case(192, 15, (3, 3), (5, 5), stride=(2, 2), groups=3),
     "groups-that-straddle-words": Case(12, 24, (3, 3), (6, 5), groups=3),
+    "joined-taps": Case(16, 20, (3, 3), (8, 7), stride=(2, 1), dilation=(1, 2)),
+    "joined-taps-in-two-words": Case(32, 33, (3, 3), (6, 5), padding=(2, 1)),
+    "joined-taps-of-an-image": Case(3, 16, (7, 7), (17, 18), stride=(2, 2), padding=(3, 3)),
     "depthwise": Case(66, 66, (3, 3), (4, 4), groups=66),
     "kernel-larger-than-image": Case(65, 130, (5, 5), (3, 3), padding=(2, 2)),
 }
@@ -148,7 +151,7 @@ def test_convolutions_are_exact(pad: Any, case: Case) -> None:
     expected = reference.binary_conv2d(x, w, channels, **window, pad=pad)
     np.testing.assert_array_equal(cpu.binary_conv2d(x, w, channels, **window, pad=pad), expected)
     threshold, flip = thresholds(rng, out, w.shape[1] * w.shape[2] * case.each)
-    panels = cpu.prepack_conv(w, case.groups)
+    panels = cpu.prepack_conv(w, case.groups, channels)
     dirty = np.full((*expected.shape[:3], reference.words_for(out)), 2**64 - 1, np.uint64)
     np.testing.assert_array_equal(
         cpu.conv2d_threshold(x, panels, channels, threshold, flip, **window, pad=pad, out=dirty),
@@ -199,7 +202,7 @@ def test_the_reference_is_torchs_convolution(case: Case) -> None:
 def test_convolutions_are_exact_for_any_geometry(data: st.DataObject) -> None:
     draw = data.draw
     groups = draw(st.sampled_from((1, 1, 2, 3)))
-    each = draw(st.sampled_from((1, 5, 64, 65, 128)))
+    each = draw(st.sampled_from((1, 5, 16, 20, 32, 64, 65, 128)))
     kernel, stride, padding, dilation = (
         (draw(st.integers(low, high)), draw(st.integers(low, high))) for low, high in ((1, 3), (1, 3), (0, 3), (1, 2))
     )
@@ -209,7 +212,9 @@ def test_convolutions_are_exact_for_any_geometry(data: st.DataObject) -> None:
     w = signs(rng, groups * draw(st.integers(1, 20)), *kernel, each)
     pad: Any = draw(st.sampled_from(("zero", "one")))
     arguments = (each * groups, stride, padding, dilation, groups, pad)
-    np.testing.assert_array_equal(cpu.binary_conv2d(x, w, *arguments), reference.binary_conv2d(x, w, *arguments))
+    expected = reference.binary_conv2d(x, w, *arguments)
+    np.testing.assert_array_equal(cpu.binary_conv2d(x, w, *arguments), expected)
+    np.testing.assert_array_equal(cpu.binary_conv2d(x, cpu.prepack_conv(w, groups), *arguments), expected)
 
 
 @pytest.mark.parametrize("codes", ["digits", "signs"])

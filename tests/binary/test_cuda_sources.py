@@ -12,12 +12,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from qlab.binary.kernels import cuda, cuda_build, cuda_shim, reference
+from qlab.binary.kernels import cuda, cuda_build, cuda_shim, cuda_tune, reference
 from qlab.binary.kernels.cuda_build import ARCHITECTURES, CSRC, compile_cubin, definitions, kernel_names, source
 from qlab.binary.kernels.cuda_plan import Plan, popcount_plan
 from qlab.binary.kernels.cuda_shim import Shim
@@ -390,3 +391,66 @@ def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.M
     monkeypatch.setattr(cuda_shim.shutil, "which", lambda name: None)
     with pytest.raises(QlabError, match=r"needs g\+\+ .*apt-get install"):
         cuda_shim._compile("", (), Path("out.so"))
+
+
+# ---- the device's host code, with the shim in the GPU's place ------------------------------------------------------------
+
+
+@needs_gxx
+@pytest.mark.parametrize(
+    ("capability", "kernel"),
+    [("75", "popcount_gemm"), ("86", "mma_gemm"), ("90", "wgmma_gemm"), ("120", "popcount_gemm")],
+)
+def test_the_device_launches_the_chosen_kernel_with_arguments_it_takes(
+    capability: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched = []
+
+    def function(_: int, __: Any, name: str, kernel: str, options: tuple[str, ...], shared: int) -> Any:
+        def call(grid: Any, block: Any, arguments: Any, shared_mem: int) -> None:
+            assert shared_mem == shared
+            launched.append(kernel)
+            macros = dict(option[2:].split("=") for option in options)
+            Shim().launch(name, kernel, macros, grid, block[0], arguments, shared)
+
+        return call
+
+    here = SimpleNamespace(id=0, compute_capability=capability)
+    monkeypatch.setattr(cuda, "_cupy", lambda: FakeCupy(here))
+    monkeypatch.setattr(cuda, "_function", function)
+    monkeypatch.setattr(cuda.Device, "_address", lambda self, x: x.ctypes.data)
+    rng = cases.generator(6)
+    a, b = cases.words(rng, 128, 1024), cases.words(rng, 130, 1024)
+    cases.same(cuda.binary_matmul(a, b, 1024), reference.binary_matmul(a, b, 1024))
+    assert launched[-1] == kernel
+    cases.check_convolution(cuda.Device(), cases.CONVOLUTIONS[3], "zero")
+
+
+class FakeCupy:
+    """Numpy under CuPy's name, with a device."""
+
+    def __init__(self, device: SimpleNamespace) -> None:
+        self.cuda = SimpleNamespace(Device=lambda: device)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(np, name)
+
+
+# ---- tuning --------------------------------------------------------------------------------------------------------------
+
+
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("kernel", "architecture", "limit"), [("mma_gemm", "sm_86", 99 * 1024), ("wgmma_gemm", "sm_90a", 227 * 1024)]
+)
+def test_the_candidates_of_the_tuner_fit_and_compile(kernel: str, architecture: str, limit: int) -> None:
+    tiles = list(cuda_tune.candidates(kernel, limit))
+    assert all(Plan(kernel, tile).shared_bytes <= limit for tile in tiles)
+    assert len(tiles) > 8
+    for tile in (tiles[0], tiles[len(tiles) // 2], tiles[-1]):
+        compile_cubin(kernel, architecture, definitions(tile))
+
+
+def test_the_tuner_prints_an_entry_of_the_table() -> None:
+    entry = cuda_tune.table((9, 0), cuda.TILES[9, 0])
+    assert eval(f"{{{entry}}}") == {(9, 0): cuda.TILES[9, 0]}

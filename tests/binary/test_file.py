@@ -184,7 +184,6 @@ def test_no_changed_byte_loads_silently(data: bytes) -> None:
     assert seen["refused"] >= 1500, seen
 
 
-@pytest.mark.slow
 def test_no_flipped_bit_loads_silently(data: bytes) -> None:
     for at in range(len(data)):
         bad = data[:at] + bytes([data[at] ^ (1 << at % 8)]) + data[at + 1 :]
@@ -208,13 +207,20 @@ def test_a_hostile_net_with_right_digests_is_refused_or_runs(data: bytes) -> Non
             seen["too large to run here"] += 1
             return
         x = torch.randn(batch, *net.graph.input_shape, generator=torch.Generator().manual_seed(0))
-        results = [net(x, "torch"), net(x, "numpy")]
-        assert results[0].shape == sizes[net.graph.output]
-        assert torch.equal(results[0].nan_to_num(), results[1].nan_to_num())
+        expected = net(x, "torch")
+        assert expected.shape == sizes[net.graph.output]
+        for backend in ("numpy", "numba"):
+            try:
+                found = net(x, backend)
+            except InputError as error:  # huge weights: infinity minus infinity
+                if "NaN, which has no sign" not in str(error):
+                    raise
+                seen["NaN"] += 1
+                return
+            assert torch.equal(found.nan_to_num(), expected.nan_to_num())
         seen["ran"] += 1
 
     check()
-    print(seen)
     assert seen["refused"] > 300, seen
     assert seen["ran"] > 30, seen
 
@@ -234,4 +240,3 @@ def test_reading_takes_at_most_four_times_the_file(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert path.stat().st_size > 2**20
     assert peak <= 4 * path.stat().st_size
-    print(peak / path.stat().st_size)

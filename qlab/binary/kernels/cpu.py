@@ -28,6 +28,7 @@ from qlab.binary.kernels.cpu_floats import (
     signed_sum_matmul,
     threshold_pack,
     unpack,
+    with_border,
 )
 from qlab.binary.kernels.cpu_launch import KERNELS, compile_kernel
 from qlab.binary.kernels.cpu_panels import Panels, as_words, prepack, prepack_conv
@@ -296,7 +297,7 @@ def _conv(
 ) -> tuple[Words, Plan, tuple[int, int, int, int]]:
     """Return the input with its border, the plan and the result's shape; `pad` None means planes of digits."""
     x = as_words(x, 5 if pad is None else 4, "x" if pad is not None else "planes")
-    panels = w if isinstance(w, Panels) else prepack_conv(w, groups)
+    panels = w if isinstance(w, Panels) else prepack_conv(w, groups, channels)
     if panels.kernel is None:
         raise InputError("w are the panels of a matrix; rearrange a convolution's weights with prepack_conv")
     if panels.groups != groups:
@@ -304,12 +305,13 @@ def _conv(
     if pad not in ("zero", "one", None):
         raise InputError(f"pad is {pad!r}; expected 'zero' or 'one'")
     each = channels // groups
-    taps = panels.kernel[0] * panels.kernel[1]
-    if channels % groups or x.shape[-1] != words_for(channels) or panels.words != taps * words_for(each):
+    if channels % groups or x.shape[-1] != words_for(channels) or panels.tap_words != words_for(each):
         raise InputError(
             f"{channels} channels in {groups} groups take {words_for(channels)} words a pixel and {words_for(each)} a tap; "
-            f"x has {x.shape[-1]}, w {panels.words / taps:g}"
+            f"x has {x.shape[-1]}, w {panels.tap_words}"
         )
+    if panels.joined > 1 and panels.channels != channels:
+        raise InputError(f"w are panels of {panels.channels} channels; expected {channels}, as in the call")
     if groups > 1 and each % 64:
         x = _per_group(x, channels, groups)
     planes = x.shape[0] if pad is None else 1
@@ -324,10 +326,8 @@ def _conv(
         pad or "zero",
         planes,
     )
-    if padding[0] or padding[1]:
-        bordered = np.zeros((*x.shape[:-3], *plan.geometry.padded, words), np.uint64)
-        bordered[..., padding[0] : padding[0] + height, padding[1] : padding[1] + width, :] = x
-        x = bordered
+    if padding[0] or padding[1] or panels.joined > 1:
+        x = with_border(x, (padding[0], padding[1]), panels, dilation[1])
     return x, plan, (n, *plan.geometry.size, panels.n)
 
 

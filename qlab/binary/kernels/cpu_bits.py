@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import carray, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -31,6 +31,7 @@ from qlab.binary.kernels.cpu_ir import (
     store,
     take,
     vector,
+    words_at,
 )
 
 LANES = 16
@@ -219,11 +220,57 @@ def digits(block: int) -> None:
             break
         for row in range(first, min(first + run, rows)):
             for word in range(words):
-                for plane in range(8):
-                    value = 0
-                    for c in range(word * 64, min(word * 64 + 64, channels)):
-                        value |= ((read_byte(x + row * channels + c) >> plane) & 1) << (c - word * 64)
-                    poke(out + 8 * ((plane * rows + row) * words + word), value)
+                a, b, c, d, e, f, g, h = 0, 0, 0, 0, 0, 0, 0, 0
+                part = word * 64
+                for i in range(min(64, channels - part)):
+                    value = read_byte(x + row * channels + part + i)
+                    a |= (value & 1) << i
+                    b |= ((value >> 1) & 1) << i
+                    c |= ((value >> 2) & 1) << i
+                    d |= ((value >> 3) & 1) << i
+                    e |= ((value >> 4) & 1) << i
+                    f |= ((value >> 5) & 1) << i
+                    g |= ((value >> 6) & 1) << i
+                    h |= (value >> 7) << i
+                place = out + 8 * (row * words + word)
+                for plane in (a, b, c, d, e, f, g, h):
+                    poke(place, plane)
+                    place += 8 * rows * words
+
+
+def border(block: int) -> None:
+    """Images with a border of zeros, and neighbours joined.
+
+    Words: 1 x, 2-4 images, H, W, 5 words of a pixel, 6-7 rows above, columns at the left, 8 out, 9-10 OH, OW with the border, 11
+    taps joined (1: plain copy), 12 taps in a second word, 13 channels, 14 distance of taps.
+    """
+    images, height, width, words = fetch(block, 2), fetch(block, 3), fetch(block, 4), fetch(block, 5)
+    top, left, rows, columns = fetch(block, 6), fetch(block, 7), fetch(block, 9), fetch(block, 10)
+    joined, second, channels, step = fetch(block, 11), fetch(block, 12), fetch(block, 13), fetch(block, 14)
+    source = carray(words_at(fetch(block, 1)), (images * height, width * words))
+    each = words if joined == 1 else 1 + (second > 0)
+    target = carray(words_at(fetch(block, 8)), (images * rows, columns * each))
+    while True:
+        row = take(block)
+        if row >= images * rows:
+            break
+        line, inside = target[row], row % rows - top
+        line[:] = 0
+        if inside < 0 or inside >= height:
+            continue
+        pixels = source[row // rows * height + inside]
+        if joined == 1:
+            line[left * words : (left + width) * words] = pixels
+            continue
+        for word in range(each):
+            for tap in range(second if word else joined):
+                shift, gap = tap * channels, tap * step - left
+                if each == 1:
+                    for at in range(max(0, -gap), min(columns, width - gap)):
+                        line[at] |= pixels[at + gap] << shift
+                else:
+                    for at in range(max(0, -gap), min(columns, width - gap)):
+                        line[2 * at + word] |= pixels[at + gap] << shift
 
 
 def _signed_sums(rows: int) -> Any:

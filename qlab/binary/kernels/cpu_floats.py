@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Literal
 
 import numpy as np
 
 from qlab.binary.kernels import reference
 from qlab.binary.kernels.cpu_launch import address, launch, new_block
-from qlab.binary.kernels.cpu_panels import as_words
+from qlab.binary.kernels.cpu_panels import Panels, as_words
 from qlab.binary.kernels.reference import Floats, Ints, Pair, Words, output_size, words_for
 from qlab.errors import InputError
 
@@ -25,10 +26,11 @@ __all__ = [
     "signed_sum_matmul",
     "threshold_pack",
     "unpack",
+    "with_border",
 ]
 
 RUN = 64  # rows or pixels of a chunk
-SMALL = 1 << 14  # elements that one thread does before another one is awake
+NUMBER, WORD = 2e-10, 1e-9  # seconds that a thread takes for a number, a word; roughly
 
 
 def as_array(x: Any, dtype: Any, shape: tuple[int | None, ...], what: str) -> Any:
@@ -129,7 +131,7 @@ def _pack(
         count = x.size // channels
         chunks = -(-count // RUN)
     block = new_block((0, address(x), count, channels, *numbers, mode, address(out), size, 0))
-    launch(name, block, chunks, x.size < SMALL)
+    launch(name, block, chunks, x.size * NUMBER)
     if block[9]:
         raise InputError("there is NaN, which has no sign, among the numbers to be packed")
     return out
@@ -149,7 +151,7 @@ def threshold_pack(z: Ints, threshold: Ints, flip: Words, out: Words | None = No
     if out.size:
         rows = z.size // channels
         block = new_block((0, address(z), rows, channels, address(threshold), address(flip), address(out), RUN))
-        launch("threshold_rows", block, -(-rows // RUN), z.size < SMALL)
+        launch("threshold_rows", block, -(-rows // RUN), z.size * NUMBER)
     return out
 
 
@@ -169,7 +171,27 @@ def max_pool2d(x: Words, kernel: Pair, stride: Pair, padding: Pair = (0, 0), out
     out = result(out, (n, *size, words), np.uint64)
     if out.size:
         block = (0, address(x), n, height, width, words, *size, *kernel, *stride, *padding, address(out))
-        launch("pool", new_block(block), n * size[0], x.size < SMALL)
+        launch("pool", new_block(block), n * size[0], out.size * kernel[0] * kernel[1] * WORD)
+    return out
+
+
+def with_border(x: Words, padding: Pair, panels: Panels, step: int) -> Words:
+    """Return words (..., H, W, words) with a border of zero words, and with neighbours joined if the panels want that.
+
+    Args:
+        x: words.
+        padding: pixels above and below, left and right.
+        panels: `joined` pixels, `step` apart, share word 0, and `second` pixels word 1.
+        step: dilation of the kernel's columns.
+    """
+    *outer, height, width, words = x.shape
+    size = (height + 2 * padding[0], width + 2 * padding[1])
+    out = np.empty((*outer, *size, words if panels.joined == 1 else 1 + (panels.second > 0)), np.uint64)
+    if out.size:
+        images = prod(outer)
+        join = (panels.joined, panels.second, panels.channels, step)
+        block = new_block((0, address(x), images, height, width, words, *padding, address(out), *size, *join))
+        launch("border", block, images * size[0], out.size * panels.joined * WORD / 2)
     return out
 
 
@@ -181,7 +203,7 @@ def bitplane_input(x: np.ndarray, out: Words | None = None) -> Words:
     if out.size:
         rows = x.size // channels
         block = new_block((0, address(x), rows, channels, address(out), RUN))
-        launch("digits", block, -(-rows // RUN), x.size < SMALL)
+        launch("digits", block, -(-rows // RUN), x.size * WORD)
     return out
 
 
@@ -219,5 +241,5 @@ def signed_sum_matmul(x: Floats, w: Words | SignMasks, out: Floats | None = None
     out = result(out, (rows, masks.n), np.float32)
     if out.size:
         block = new_block((0, address(x), rows, k, address(masks.array), masks.n, address(out)))
-        launch("signed_sums", block, len(masks.array), rows * k * masks.n < SMALL * 4)
+        launch("signed_sums", block, len(masks.array), rows * k * masks.n * NUMBER / 10)
     return out

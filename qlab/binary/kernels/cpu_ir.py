@@ -41,6 +41,7 @@ __all__ = [
     "take",
     "vector",
     "wide_registers",
+    "words_at",
 ]
 
 I1, I8, I16, I32, I64, F32 = (*(ir.IntType(bits) for bits in (1, 8, 16, 32, 64)), ir.FloatType())
@@ -174,6 +175,16 @@ def fetch(_context: Any, block: Any, index: Any) -> Any:
         return load(builder, builder.add(arguments[0], builder.mul(arguments[1], constant(8))), I64)
 
     return signature(2, types.int64), emit
+
+
+@intrinsic
+def words_at(_context: Any, address: Any) -> Any:
+    """words_at(address): a pointer to int64, of which `numba.carray` makes an array."""
+
+    def emit(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> ir.Value:
+        return _pointer(builder, arguments[0], I64)
+
+    return types.CPointer(types.int64)(types.int64), emit
 
 
 @intrinsic

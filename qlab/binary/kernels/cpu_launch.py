@@ -27,9 +27,14 @@ __all__ = ["KERNELS", "address", "compile_kernel", "launch", "new_block"]
 log = logging.getLogger("qlab")
 
 SLOW = 2.0  # seconds of compilation that are worth a line
+WAKING = 4e-6  # seconds of work that are done before another thread has begun
+# On a busy machine a thread that slept may be woken a time slice late, and all wait for it. After a short kernel was that late,
+# short kernels run on the calling thread alone for a while.
+LATE, ALONE = 1e-3, 0.1
 
 KERNELS = {
     "gemm": "cpu_gemm",
+    "border": "cpu_bits",
     "digits": "cpu_bits",
     "pack_planes": "cpu_bits",
     "pack_rows": "cpu_bits",
@@ -52,6 +57,7 @@ _lock = threading.RLock()
 _kernels: dict[str, _Kernel] = {}
 _seconds = 0.0
 _forked = False
+_alone_until = 0.0
 
 
 def _after_fork() -> None:
@@ -108,26 +114,32 @@ def new_block(words: Iterable[int]) -> Any:
     return (ctypes.c_int64 * len(values))(*values)
 
 
-def launch(name: str, block: Any, chunks: int, serial: bool = False) -> None:
+def launch(name: str, block: Any, chunks: int, seconds: float) -> None:
     """Run a kernel on a block, on at most `chunks` threads.
 
     Args:
         name: the kernel.
         block: of `new_block`; word 0 has to be 0. The arrays that it points to have to outlive the call.
         chunks: of work; more threads than that would idle.
-        serial: whether waking another thread would take longer than the work.
+        seconds: that one thread takes, roughly.
     """
+    global _alone_until
     kernel = _kernels.get(name) or compile_kernel(name)
-    threads = 1 if serial or _forked else min(torch.get_num_threads(), chunks)
-    if threads <= 1:
+    threads = 1 if seconds < WAKING or _forked else min(torch.get_num_threads(), chunks)
+    start = time.perf_counter()
+    if threads <= 1 or (seconds < LATE and start < _alone_until):
         kernel.run(ctypes.addressof(block))
-    elif (fork := _openmp()) is not None:
+        return
+    if (fork := _openmp()) is not None:
         fork(kernel.address, ctypes.addressof(block), threads, 0)
     else:
         others = [_python_threads().submit(kernel.run, ctypes.addressof(block)) for _ in range(threads - 1)]
         kernel.run(ctypes.addressof(block))
         for other in others:
             other.result()
+    end = time.perf_counter()
+    if seconds < LATE < end - start:
+        _alone_until = end + ALONE
 
 
 def address(array: Any) -> int:

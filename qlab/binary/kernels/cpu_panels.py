@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,11 @@ class Panels:
         groups: of a grouped convolution.
         kernel: (kh, kw) of a convolution, None for a matrix.
         counts: bits that are set, int64 (taps, O).
+        tap_words: words of a tap as it was given, W(C / groups).
+        joined: taps side by side in one word, where a pixel's few channels would leave it nearly empty; the input's
+            neighbours are joined likewise (`cpu_bits.border`).
+        second: taps in another word of each kernel row: what is left over when `joined` does not divide kw.
+        channels: C, where taps are joined.
     """
 
     array: Words
@@ -34,6 +39,10 @@ class Panels:
     groups: int
     kernel: Pair | None
     counts: NDArray[np.int64] = field(repr=False)
+    tap_words: int
+    joined: int = 1
+    second: int = 0
+    channels: int = 0
     plans: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -79,12 +88,13 @@ def prepack(w: Words) -> Panels:
     return _panels(as_words(w, 2, "w"), groups=1, kernel=None)
 
 
-def prepack_conv(w: Words, groups: int = 1) -> Panels:
+def prepack_conv(w: Words, groups: int = 1, channels: int | None = None) -> Panels:
     """Return the panels of a convolution's weights.
 
     Args:
         w: words (O, kh, kw, W(C / groups)).
         groups: divides O.
+        channels: C. If it is given and small, taps share words, which is up to kw times faster.
 
     Raises:
         InputError: `groups` does not divide O.
@@ -92,7 +102,22 @@ def prepack_conv(w: Words, groups: int = 1) -> Panels:
     w = as_words(w, 4, "w")
     if groups < 1 or len(w) % groups:
         raise InputError(f"groups is {groups}; expected a divisor of the {len(w)} output channels")
-    return _panels(w, groups, (w.shape[1], w.shape[2]))
+    kernel = (w.shape[1], w.shape[2])
+    joined = min(kernel[1], 64 // channels) if channels and groups == 1 and channels <= 32 else 1
+    if joined == 1:
+        return _panels(w, groups, kernel)
+    assert channels is not None
+    whole, second = divmod(kernel[1], joined)
+    ends = [joined * (i + 1) for i in range(whole)] + [kernel[1]] * (second > 0)
+    shared = np.zeros((*w.shape[:2], len(ends), 1), np.uint64)
+    for i, end in enumerate(ends):
+        for j, tap in enumerate(range(joined * i, end)):
+            shared[:, :, i] |= w[:, :, tap] << np.uint64(j * channels)
+    return replace(_panels(shared, groups, kernel), counts=_counts(w), joined=joined, second=second, channels=channels)
+
+
+def _counts(w: Words) -> NDArray[np.int64]:
+    return np.ascontiguousarray(_popcount(w.reshape(len(w), -1, w.shape[-1])).T)
 
 
 def _panels(w: Words, groups: int, kernel: Pair | None) -> Panels:
@@ -104,5 +129,4 @@ def _panels(w: Words, groups: int, kernel: Pair | None) -> Panels:
     rows = padded.reshape(groups, -1, COLUMNS, words)
     array = _aligned((groups, rows.shape[1], words, COLUMNS))
     array[:] = rows.transpose(0, 1, 3, 2)
-    counts = _popcount(w.reshape(n, -1, w.shape[-1])).T
-    return Panels(array, n, words, groups, kernel, np.ascontiguousarray(counts))
+    return Panels(array, n, words, groups, kernel, _counts(w), w.shape[-1])

@@ -25,7 +25,7 @@ RUN = 128  # rows of a chunk: their words stay in the second-level cache while t
 MATMUL_ROWS = 1024  # rows that the tables of a matrix product describe; a larger one is cut into such "images"
 KEPT = 64  # thresholds or scales of one plan, so that a caller whose numbers always change does not fill the memory
 CHUNKS = 32  # wanted, so that threads finish together
-SMALL = 100_000  # products of two words (64 signs) that one thread does before another one is awake
+WORD = 2.5e-11  # seconds that a thread takes for 64 products, roughly
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,12 @@ class _Geometry:
 
 @lru_cache(maxsize=256)
 def _geometry(
-    image: Pair, words: int, each: int, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair
+    image: Pair, words: int, reads: tuple[Pair, ...], kernel: Pair, stride: Pair, padding: Pair, dilation: Pair
 ) -> _Geometry:
-    """Return the tables of a convolution over images of `words` words a pixel, `each` of them read."""
+    """Return the tables of a convolution over images of `words` words a pixel.
+
+    A row of the kernel reads `reads`: pairs of a column of the kernel and a word of the pixel there.
+    """
     size = tuple(output_size(image[i], kernel[i], stride[i], padding[i], dilation[i]) for i in (0, 1))
     if min(size) < 1:
         raise InputError(
@@ -64,7 +67,8 @@ def _geometry(
     starts = [np.arange(size[i]) * stride[i] for i in (0, 1)]
     steps = [np.arange(kernel[i]) * dilation[i] for i in (0, 1)]
     places = (starts[0][:, None] * padded[1] + starts[1]) * pixel
-    taps = ((steps[0][:, None] * padded[1] + steps[1]) * pixel)[..., None] + 8 * np.arange(each)
+    columns_read, words_read = np.array(reads).T
+    taps = (steps[0][:, None] * padded[1] + columns_read * dilation[1]) * pixel + 8 * words_read
     missing = []
     for i in (0, 1):
         at = starts[i][:, None] + steps[i] - padding[i]
@@ -106,7 +110,7 @@ class Product:
             block[cpu_block.RESIDUAL] = address(residual)
         if bits is not None:
             block[cpu_block.SIGN_BITS] = address(bits)
-        launch("gemm", block, self._plan.chunks, self._plan.serial)
+        launch("gemm", block, self._plan.chunks, self._plan.seconds)
 
 
 class Plan:
@@ -141,7 +145,7 @@ class Plan:
         row_chunks = -(-rows // each) * -(-each // run)
         panel_run = max(1, count * row_chunks // CHUNKS)
         self.chunks = row_chunks * -(-count // panel_run)
-        self.serial = rows * panels.n * panels.words * planes < SMALL
+        self.seconds = rows * count * COLUMNS * panels.words * planes * WORD
         self._classes = geometry.classes * (8 * COLUMNS * count)
         self._products: dict[Any, Product] = {}
         self._values = {
@@ -253,6 +257,15 @@ def matmul_plan(panels: Panels, rows: int, k: int | None, planes: int = 1) -> Pl
     return panels.plans[key]
 
 
+def _reads(panels: Panels, each: int) -> tuple[Pair, ...]:
+    """Return what a row of the kernel reads of a group's `each` words a pixel: pairs (column of the kernel, word)."""
+    assert panels.kernel is not None
+    if panels.joined == 1:
+        return tuple((column, word) for column in range(panels.kernel[1]) for word in range(each))
+    whole = panels.kernel[1] // panels.joined
+    return tuple((panels.joined * i, int(i == whole)) for i in range(whole + (panels.second > 0)))
+
+
 def conv_plan(
     panels: Panels,
     shape: tuple[int, int, int, int],
@@ -277,8 +290,10 @@ def conv_plan(
     if key not in panels.plans:
         assert panels.kernel is not None
         n, height, width, words = shape
-        each = panels.words // (panels.kernel[0] * panels.kernel[1])
-        geometry = _geometry((height, width), words, each, panels.kernel, stride, padding, dilation)
+        each = words // panels.groups
+        if panels.joined > 1:
+            words = each = 1 + (panels.second > 0)
+        geometry = _geometry((height, width), words, _reads(panels, each), panels.kernel, stride, padding, dilation)
         outside = geometry.outside if pad == "zero" else np.zeros_like(geometry.outside)
         image = geometry.padded[0] * geometry.padded[1] * words * 8
         panels.plans[key] = Plan(

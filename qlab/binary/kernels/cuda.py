@@ -185,8 +185,8 @@ def available() -> bool:
 # ---- arrays of three kinds -----------------------------------------------------------------------------------------------
 
 
-def _on_device(method: Callable[..., Array]) -> Callable[..., Any]:
-    """Return a method of `Kernels` as a function of CuPy, torch or numpy arrays."""
+def _on_device(method: Callable[..., Array], words: bool = True) -> Callable[..., Any]:
+    """Return a method of `Kernels` as a function of CuPy, torch or numpy arrays; torch's int64 are `words`, or numbers."""
 
     @functools.wraps(method)
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -195,8 +195,8 @@ def _on_device(method: Callable[..., Array]) -> Callable[..., Any]:
         cupy = _cupy()
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
         with _torch_stream(cupy, tensors):
-            values = [_to_cupy(cupy, x) for x in args]
-            named = {name: _to_cupy(cupy, x) for name, x in kwargs.items()}
+            values = [_to_cupy(cupy, x, words) for x in args]
+            named = {name: _to_cupy(cupy, x, words) for name, x in kwargs.items()}
             result = method(Device(), *values, **named)
             return _to_torch(cupy, result) if tensors else result
 
@@ -221,13 +221,16 @@ def _torch_stream(cupy: Any, tensors: Sequence[Tensor]) -> AbstractContextManage
     return stack
 
 
-def _to_cupy(cupy: Any, x: Any) -> Any:
+def _to_cupy(cupy: Any, x: Any, words: bool) -> Any:
+    import torch
+
     if isinstance(x, np.ndarray):
         return cupy.asarray(x)
-    if type(x).__module__.partition(".")[0] != "torch" or not hasattr(x, "__dlpack__"):
+    if not isinstance(x, torch.Tensor):
         return x
-    array = cupy.from_dlpack(x.detach())
-    return array.view(np.uint64) if array.dtype == np.int64 else array
+    x = x.detach()
+    array = cupy.from_dlpack(x.float() if x.dtype == torch.bfloat16 else x)  # a type that CuPy lacks
+    return array.view(np.uint64) if words and array.dtype == np.int64 else array
 
 
 def _to_torch(cupy: Any, x: Array) -> Tensor:
@@ -248,7 +251,7 @@ digits_conv2d = _on_device(Kernels.digits_conv2d)
 digits_matmul = _on_device(Kernels.digits_matmul)
 matmul_threshold = _on_device(Kernels.matmul_threshold)
 max_pool2d = _on_device(Kernels.max_pool2d)
-pack = _on_device(Kernels.pack)
+pack = _on_device(Kernels.pack, words=False)
 signed_sum_matmul = _on_device(Kernels.signed_sum_matmul)
 threshold_pack = _on_device(Kernels.threshold_pack)
 unpack = _on_device(Kernels.unpack)

@@ -186,10 +186,10 @@ def fma(x: Floats, y: Floats, z: Floats) -> Floats:
     The product is exact in float64; the sum there is rounded to odd (Boldo and Melquiond 2008), so that rounding it to
     float32 afterwards is the same as rounding once.
     """
-    product = x.astype(np.float64) * y.astype(np.float64)
-    addend = np.asarray(z, np.float64)
-    total = product + addend
     with np.errstate(invalid="ignore"):  # infinities: inf - inf
+        product = x.astype(np.float64) * y.astype(np.float64)
+        addend = np.asarray(z, np.float64)
+        total = product + addend
         part = total - product
         error = (product - (total - part)) + (addend - part)  # TwoSum: total + error is the exact sum
     bits = np.array(total, ndmin=1).view(np.int64)

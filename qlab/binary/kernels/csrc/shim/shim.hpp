@@ -11,17 +11,11 @@
 #pragma once
 #include <ucontext.h>
 
-#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <deque>
-#include <functional>
-#include <memory>
-#include <mutex>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -44,22 +38,37 @@ constexpr unsigned WARP = 32, STACK_BYTES = 64 * 1024, SHARED_LIMIT = 227 * 1024
 
 enum class Waits { nothing, block, warp, finished };
 
+template <typename Work>
 struct Background {  // work that waits to be done, in groups
-    std::vector<std::function<void()>> open;
-    std::deque<std::vector<std::function<void()>>> groups;
+    std::vector<Work> open;
+    std::vector<std::vector<Work>> groups;
     void commit() { groups.push_back(std::exchange(open, {})); }
     void wait(size_t pending) {
-        for (; groups.size() > pending; groups.pop_front())
-            for (auto& work : groups.front()) work();
+        for (; groups.size() > pending; groups.erase(groups.begin()))
+            for (const Work& work : groups.front()) work.run();
     }
+};
+
+struct Copy {
+    unsigned to, size, bytes;
+    const void* from;
+    void run() const;
+};
+
+struct Product {
+    int* sums;
+    unsigned tiles, warp, lane;
+    uint64_t descriptor_a, descriptor_b;
+    void run() const;
 };
 
 struct Thread {
     ucontext_t context;
-    std::unique_ptr<unsigned char[]> stack{new unsigned char[STACK_BYTES]};
+    std::vector<unsigned char> stack = std::vector<unsigned char>(STACK_BYTES);
     Waits waits = Waits::nothing;
     unsigned exchanges = 0;  // how many times it has met its warp
-    Background copies, products;
+    Background<Copy> copies;
+    Background<Product> products;
 };
 
 struct Warp {
@@ -67,13 +76,14 @@ struct Warp {
 };
 
 alignas(1024) inline unsigned char dynamic_memory[SHARED_LIMIT];
-inline std::vector<std::unique_ptr<Thread>> threads;
+inline std::vector<Thread> threads;
 inline std::vector<Warp> warps;
 inline ucontext_t scheduler;
-inline std::function<void()> body;
+inline void (*body)(void** arguments);
+inline void** body_arguments;
 inline std::exception_ptr failure;
 
-inline Thread& self() { return *threads[threadIdx.x]; }
+inline Thread& self() { return threads[threadIdx.x]; }
 
 inline void wait_for(Waits what) {
     Thread& thread = self();
@@ -94,7 +104,7 @@ uint64_t (&meet_warp(const uint64_t (&values)[N]))[WARP][4] {
 
 inline void enter() {
     try {
-        body();
+        body(body_arguments);
     } catch (...) {
         failure = std::current_exception();
     }
@@ -104,8 +114,8 @@ inline void enter() {
 
 inline void resume(unsigned index) {
     threadIdx.x = index;
-    threads[index]->waits = Waits::nothing;
-    swapcontext(&scheduler, &threads[index]->context);
+    threads[index].waits = Waits::nothing;
+    swapcontext(&scheduler, &threads[index].context);
     if (failure) std::rethrow_exception(std::exchange(failure, nullptr));
 }
 
@@ -114,55 +124,54 @@ inline void run_warp(unsigned first, unsigned last) {
     for (;;) {
         unsigned at_warp = 0, alive = 0;
         for (unsigned i = first; i < last; ++i) {
-            if (threads[i]->waits == Waits::nothing) resume(i);
-            alive += threads[i]->waits != Waits::finished;
-            at_warp += threads[i]->waits == Waits::warp;
+            if (threads[i].waits == Waits::nothing) resume(i);
+            alive += threads[i].waits != Waits::finished;
+            at_warp += threads[i].waits == Waits::warp;
         }
         if (at_warp == 0) return;
         if (at_warp != WARP) throw std::runtime_error("a warp instruction that only some lanes reach");
-        for (unsigned i = first; i < last; ++i) threads[i]->waits = Waits::nothing;
+        for (unsigned i = first; i < last; ++i) threads[i].waits = Waits::nothing;
     }
 }
 
 inline void run_block(unsigned size) {
     std::memset(dynamic_memory, 0xa5, SHARED_LIMIT);
     for (unsigned i = 0; i < size; ++i) {
-        Thread& thread = *threads[i];
+        Thread& thread = threads[i];
         thread.waits = Waits::nothing;
         thread.exchanges = 0;
-        thread.copies = thread.products = {};
+        thread.copies = {};
+        thread.products = {};
         getcontext(&thread.context);
-        thread.context.uc_stack.ss_sp = thread.stack.get();
+        thread.context.uc_stack.ss_sp = thread.stack.data();
         thread.context.uc_stack.ss_size = STACK_BYTES;
         thread.context.uc_link = &scheduler;
         makecontext(&thread.context, enter, 0);
     }
     for (;;) {
         unsigned waiting = 0, finished = 0;
-        for (unsigned first = 0; first < size; first += WARP) run_warp(first, std::min(first + WARP, size));
+        for (unsigned first = 0; first < size; first += WARP) run_warp(first, first + WARP);
         for (unsigned i = 0; i < size; ++i) {
-            waiting += threads[i]->waits == Waits::block;
-            finished += threads[i]->waits == Waits::finished;
+            waiting += threads[i].waits == Waits::block;
+            finished += threads[i].waits == Waits::finished;
         }
         if (finished == size) return;
         if (waiting != size) throw std::runtime_error("a __syncthreads that only some threads of the block reach");
-        for (unsigned i = 0; i < size; ++i) threads[i]->waits = Waits::nothing;
+        for (unsigned i = 0; i < size; ++i) threads[i].waits = Waits::nothing;
     }
 }
 
-template <typename... Arguments, size_t... I>
-void call(void (*kernel)(Arguments...), void** arguments, std::index_sequence<I...>) {
-    kernel(*static_cast<Arguments*>(arguments[I])...);
+template <auto KERNEL, typename... Arguments, size_t... I>
+void call(void (*)(Arguments...), void** arguments, std::index_sequence<I...>) {
+    KERNEL(*static_cast<Arguments*>(arguments[I])...);
 }
 
-inline std::mutex one_launch;
-
 // As cudaLaunchKernel, but that the arguments come with their sizes, to be checked. Returns the text of an error, or null.
-template <typename... Arguments>
-const char* launch(void (*kernel)(Arguments...), const unsigned* grid, unsigned block, unsigned shared, unsigned count,
+// One launch at a time: the caller sees to that.
+template <auto KERNEL, typename... Arguments>
+const char* launch(void (*)(Arguments...), const unsigned* grid, unsigned block, unsigned shared, unsigned count,
                    const unsigned* sizes, void** arguments) {
     static std::string error;
-    std::lock_guard lock(one_launch);
     try {
         constexpr unsigned expected[] = {sizeof(Arguments)...};
         if (count != sizeof...(Arguments)) throw std::runtime_error("not as many arguments as the kernel has");
@@ -170,9 +179,10 @@ const char* launch(void (*kernel)(Arguments...), const unsigned* grid, unsigned 
             if (sizes[i] != expected[i]) throw std::runtime_error("argument " + std::to_string(i) + " is not of the kernel's type");
         if (block % WARP) throw std::runtime_error("the block is not made of whole warps");
         if (shared > SHARED_LIMIT) throw std::runtime_error("more shared memory than a block can have");
-        while (threads.size() < block) threads.push_back(std::make_unique<Thread>());
+        if (threads.size() < block) threads.resize(block);
         warps.resize(block / WARP);
-        body = [&] { call(kernel, arguments, std::index_sequence_for<Arguments...>{}); };
+        body = [](void** values) { call<KERNEL>(KERNEL, values, std::index_sequence_for<Arguments...>{}); };
+        body_arguments = arguments;
         gridDim = {grid[0], grid[1], grid[2]};
         blockDim = {block, 1, 1};
         for (blockIdx.z = 0; blockIdx.z < grid[2]; ++blockIdx.z)
@@ -190,13 +200,13 @@ const char* launch(void (*kernel)(Arguments...), const unsigned* grid, unsigned 
 #define SHIM_LAUNCHER(kernel)                                                                                    \
     extern "C" const char* launch_##kernel(const unsigned* grid, unsigned block, unsigned shared, unsigned count, \
                                            const unsigned* sizes, void** arguments) {                            \
-        return shim::launch(kernel, grid, block, shared, count, sizes, arguments);                               \
+        return shim::launch<kernel>(kernel, grid, block, shared, count, sizes, arguments);                               \
     }
 
 // ---- what CUDA C++ has -------------------------------------------------------------------------------------------------
 
-inline int __popc(unsigned x) { return std::popcount(x); }
-inline int __popcll(unsigned long long x) { return std::popcount(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fadd_rn(float x, float y) { return x + y; }

@@ -7,10 +7,17 @@
 #endif
 
 namespace shim {
+
 inline unsigned char* at(unsigned address, unsigned bytes) {
     if (address + bytes > SHARED_LIMIT) throw std::runtime_error("an address outside of shared memory");
     return dynamic_memory + address;
 }
+
+inline void Copy::run() const {
+    std::memset(at(to, size), 0, size);
+    std::memcpy(at(to, size), from, bytes);
+}
+
 }  // namespace shim
 
 inline unsigned shared_address(const void* p) { return unsigned(static_cast<const unsigned char*>(p) - shim::dynamic_memory); }
@@ -18,12 +25,9 @@ inline unsigned shared_address(const void* p) { return unsigned(static_cast<cons
 template <int BYTES>
 void copy_async(unsigned to, const void* from, int bytes) {
     if (to % BYTES || reinterpret_cast<uintptr_t>(from) % BYTES) throw std::runtime_error("cp.async of an unaligned address");
-    auto copy = [=] {
-        std::memset(shim::at(to, BYTES), 0, BYTES);
-        std::memcpy(shim::at(to, BYTES), from, bytes);
-    };
+    shim::Copy copy = {to, BYTES, unsigned(bytes), from};
     if (EAGER_COPIES)
-        copy();
+        copy.run();
     else
         shim::self().copies.open.push_back(copy);
 }
@@ -53,8 +57,8 @@ inline void mma_and_popc(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsig
         for (unsigned t = 0; t < 4; ++t) {
             const auto& of_a = all[row * 4 + t];
             uint64_t of_b = all[column * 4 + t][2];
-            c[e] += std::popcount(unsigned(of_a[0] >> shift) & unsigned(of_b));
-            c[e] += std::popcount(unsigned(of_a[1] >> shift) & unsigned(of_b >> 32));
+            c[e] += __builtin_popcount(unsigned(of_a[0] >> shift) & unsigned(of_b));
+            c[e] += __builtin_popcount(unsigned(of_a[1] >> shift) & unsigned(of_b >> 32));
         }
     }
 }
@@ -69,6 +73,13 @@ inline uint64_t operand(uint64_t descriptor, unsigned row, unsigned byte) {
     uint64_t word;
     std::memcpy(&word, at(address, 8), 8);
     return word;
+}
+
+inline void Product::run() const {
+    for (unsigned i = 0; i < tiles * 4; ++i)
+        for (unsigned byte = 0; byte < 32; byte += 8)
+            sums[i] += __builtin_popcountll(operand(descriptor_a, warp * 16 + i % 4 / 2 * 8 + lane / 4, byte) &
+                                            operand(descriptor_b, i / 4 * 8 + lane % 4 * 2 + i % 2, byte));
 }
 
 }  // namespace shim
@@ -86,12 +97,6 @@ void wgmma_arrived(int (&)[TILES][4]) {}
 template <int TILES>
 void wgmma_and_popc(int (&c)[TILES][4], uint64_t descriptor_a, uint64_t descriptor_b) {
     if (descriptor_a >> 62 != 1 || descriptor_b >> 62 != 1) throw std::runtime_error("the shim knows the 128-byte swizzle only");
-    unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    shim::self().products.open.push_back([&c, descriptor_a, descriptor_b, lane, warp] {
-        for (unsigned tile = 0; tile < TILES; ++tile)
-            for (unsigned e = 0; e < 4; ++e)
-                for (unsigned byte = 0; byte < 32; byte += 8)
-                    c[tile][e] += std::popcount(shim::operand(descriptor_a, warp * 16 + e / 2 * 8 + lane / 4, byte) &
-                                                shim::operand(descriptor_b, tile * 8 + lane % 4 * 2 + e % 2, byte));
-    });
+    shim::self().products.open.push_back(
+        {&c[0][0], TILES, threadIdx.x / 32 % 4, threadIdx.x % 32, descriptor_a, descriptor_b});
 }
