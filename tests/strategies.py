@@ -148,7 +148,7 @@ def rebuilt(content: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> by
 INTEGERS = st.sampled_from(
     [-(2**40), -65, -1, 0, 1, 2, 3, 4, 5, 7, 63, 64, 65, 66, 264, 2**24, 2**31 - 1, 2**31, 2**40]
 )
-OPTIONS = st.one_of(
+OPTIONS: st.SearchStrategy[Any] = st.one_of(
     INTEGERS,
     st.lists(INTEGERS, max_size=5),
     st.sampled_from([None, True, False, 0.5, 1e308, "zero", "one", "unpack", "sums", "", [], {}, [[None, None, None]]]),
@@ -179,12 +179,12 @@ def _reshaped(draw: st.DrawFn, content: dict[str, Any], tensors: dict[str, np.nd
 def _refilled(draw: st.DrawFn, content: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
     name = _some(draw, tensors)
     kind = tensors[name].dtype.kind
-    choices = {
+    choices: dict[str, list[Any]] = {
         "u": [0, 1, 2**63, 2**64 - 1],
         "i": [-(2**31), -1, 0, 2**24 + 1, 2**31 - 1],
         "f": [0.0, -1.0, 1e-45, 3e38, np.inf, np.nan],
-    }[kind]
-    tensors[name].reshape(-1)[draw(st.integers(0, tensors[name].size - 1))] = draw(st.sampled_from(choices))
+    }
+    tensors[name].reshape(-1)[draw(st.integers(0, tensors[name].size - 1))] = draw(st.sampled_from(choices[kind]))
 
 
 def _retyped(draw: st.DrawFn, content: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:

@@ -195,7 +195,7 @@ def test_products_are_exact(gemm: str, rows: int, columns: int, k: int) -> None:
     ("gemm", "tile"),
     [
         ("mma_gemm", cuda.TILES[8, 6]["mma_gemm"]),
-        ("wgmma_gemm", {**cuda.TILES[9, 0]["wgmma_gemm"], "STAGES": 3}),
+        ("wgmma_gemm", {"BM": 128, "BN": 128, "STAGES": 5}),
         ("wgmma_gemm", cuda.TILES[9, 0]["wgmma_gemm"]),
         ("popcount_gemm", {"TM": 4, "TN": 4}),
     ],

@@ -22,19 +22,6 @@ from tests.strategies import Small, deployed
 Tensors = dict[str, np.ndarray]
 
 
-class Watched(Simulation):
-    """The simulation, which notes the shape of every value."""
-
-    def run(self, x: Tensor) -> Tensor:
-        self.seen: dict[str, tuple[int, ...]] = {"input": tuple(x.shape)}
-        return super().run(x)
-
-    def step(self, step: Step, inputs: list[Any]) -> tuple[Any, ...]:
-        results = super().step(step, inputs)
-        self.seen.update({name: tuple(y.shape) for name, y in zip(step.outputs, results, strict=True)})
-        return results
-
-
 NETS: list[tuple[Any, tuple[int, ...], dict[str, Any]]] = [
     (Small, (2, 8, 8), {}),
     ("mlp", (1, 8, 8), {"keep": ()}),
@@ -50,9 +37,13 @@ def test_inferred_shapes_are_those_of_the_simulation(model: Any, shape: tuple[in
     net = deployed(model() if isinstance(model, type) else model, shape, **options)
     graph = lower(net, torch.zeros(2, *shape), "unpack")
     for batch in (1, 3):
-        watched = Watched(graph)
-        watched.run(torch.zeros(batch, *shape))
-        assert infer(graph, batch) == watched.seen
+        seen = {"input": (batch, *shape)}
+
+        def note(step: Step, results: tuple[Tensor, ...], seen: dict[str, Any] = seen) -> None:
+            seen.update({name: tuple(y.shape) for name, y in zip(step.outputs, results, strict=True)})
+
+        Simulation(graph).run(torch.zeros(batch, *shape), note)
+        assert infer(graph, batch) == seen
 
 
 # ---- one step at a time ---------------------------------------------------------------------------------------------
@@ -158,15 +149,15 @@ def test_the_convolutions_that_were_changed_fit_as_they_were() -> None:
 
 @pytest.mark.parametrize("name", ["scale", "bias"])
 def test_scales_of_sign_weights_are_one_for_each_output(name: str) -> None:
-    assert infer(_conv(_set(**{name: floats(8)}), op="sign_weight_conv2d").check())["y"] == (1, 8, 5, 6)
+    assert infer(_conv(_set({}, **{name: floats(8)}), op="sign_weight_conv2d").check())["y"] == (1, 8, 5, 6)
     with pytest.raises(InputError, match=rf"{name} has shape \(9,\)"):
-        _conv(_set(**{name: floats(9)}), op="sign_weight_conv2d").check()
+        _conv(_set({}, **{name: floats(9)}), op="sign_weight_conv2d").check()
 
 
-def _single(op: str, size: tuple[int, ...], tensors: Tensors, inputs: int = 1, **options: Any) -> Graph:
+def _single(op: str, example: tuple[int, ...], tensors: Tensors, inputs: int = 1, **options: Any) -> Graph:
     """A graph of one step on floats."""
     step = Step(op, ("input",) * inputs, ("y",), "layer", {role: role for role in tensors}, options)
-    return Graph(size, (step,), tensors, "y")
+    return Graph(example, (step,), tensors, "y")
 
 
 WINDOW: dict[str, Any] = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}

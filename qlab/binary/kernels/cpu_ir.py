@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
+from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic
 
 from qlab.binary.kernels.cpu_block import COLUMNS
@@ -48,8 +49,9 @@ I1, I8, I16, I32, I64, F32 = (*(ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 
 
 def wide_registers() -> bool:
-    """Whether this machine has 32 registers of 512 bits (AVX-512)."""
-    return bool(binding.get_host_cpu_features().get("avx512f", False))
+    """Whether Numba compiles for 32 registers of 512 bits (AVX-512)."""
+    features = config.CPU_FEATURES
+    return "+avx512f" in (get_host_cpu_features() if features is None else features)
 
 
 def vector(element: ir.Type, lanes: int) -> ir.VectorType:

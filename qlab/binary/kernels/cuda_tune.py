@@ -20,18 +20,19 @@ from qlab.errors import QlabError
 
 __all__ = ["candidates", "table", "tune"]
 
-MAX_THREADS = 512  # more leave too few registers for a thread's accumulators
+MAX_THREADS = 512
+MAX_RESULTS = 128 * 256  # a block's accumulators: half of the registers of a multiprocessor
 
 
 def candidates(kernel: str, shared_limit: int) -> Iterator[dict[str, int]]:
-    """Yield the tiles of a kernel that fit into a block's shared memory (bytes).
+    """Yield the tiles of a kernel that fit into a block's registers and shared memory.
 
     Args:
         kernel: "mma_gemm" or "wgmma_gemm".
-        shared_limit: the most dynamic shared memory that a block may ask for.
+        shared_limit: the most dynamic shared memory that a block may ask for, in bytes.
     """
     if kernel == "wgmma_gemm":
-        sizes = product((64, 128, 256), (64, 128, 256), (3, 4, 5, 6))
+        sizes = product((64, 128, 256), (64, 128, 256), (4, 5, 6, 8))
         tiles = [{"BM": bm, "BN": bn, "STAGES": stages} for bm, bn, stages in sizes]
     else:
         sides = product((64, 128, 256), (64, 128, 256), (32, 64), (32, 64), (2, 3, 4, 5))
@@ -42,7 +43,8 @@ def candidates(kernel: str, shared_limit: int) -> Iterator[dict[str, int]]:
         ]
     for tile in tiles:
         plan = Plan(kernel, tile)
-        if plan.shared_bytes <= shared_limit and plan.threads <= MAX_THREADS:
+        small = plan.rows * plan.columns <= MAX_RESULTS and plan.threads <= MAX_THREADS
+        if small and plan.shared_bytes <= shared_limit:
             yield tile
 
 

@@ -4,6 +4,7 @@
 // from shared memory themselves, so a thread only copies, waits and keeps its accumulators. Order of one step, for tile t:
 //     its copies are done -> barrier (by then every warpgroup has finished tile t - 2) -> start the products of tile t
 //     -> wait for those of tile t - 1 -> start the copies of tile t + STAGES - 2 into the place that tile t - 2 has left.
+// With 3 stages that would be right too, but the assembler then serialises the products.
 #include "common.cuh"
 #include "fragment.cuh"
 #include "tensor.cuh"
@@ -24,7 +25,7 @@
 
 constexpr int THREADS = BM / 64 * 128;
 constexpr int STAGE_BYTES = (BM + BN) * ROW_BYTES;
-static_assert(BM % 64 == 0 && (BN == 64 || BN == 128 || BN == 256) && STAGES >= 3, "shapes of the instruction");
+static_assert(BM % 64 == 0 && (BN == 64 || BN == 128 || BN == 256) && STAGES >= 4, "shapes of the instruction");
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     wgmma_gemm(const u64* __restrict__ a, const u64* __restrict__ b, int rows, int columns, int words, int k,
