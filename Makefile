@@ -26,7 +26,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Widgets and notebooks talk to Jupyter through platformdirs; this silences a deprecation notice of jupyter_core.
 export JUPYTER_PLATFORM_DIRS := 1
 
-.PHONY: help install lab test test-all test-browser notebooks lint format types widgets demo constraints clean distclean
+.PHONY: help install lab test test-all test-browser gpu notebooks lint format types widgets demo constraints clean distclean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -73,6 +73,13 @@ test-all: $(STAMP) ## every test but those in a browser: the slow ones too, and 
 test-browser: $(STAMP) ## the tour and the widgets in a real JupyterLab, in headless Chromium
 	@echo "== browser tests: a real JupyterLab in headless Chromium; screenshots go to artifacts/"
 	@$(BIN)/python -m pytest -m browser tests $(PYTEST_ARGS)
+
+gpu: $(STAMP) ## on a machine with an NVIDIA GPU: its tests, then its benchmarks into benchmarks/results/gpu-NAME.json
+	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make gpu: torch sees no GPU here, so there is nothing to test')"
+	@echo "== tests on the GPU"
+	@$(BIN)/python -m pytest -m gpu tests $(PYTEST_ARGS)
+	@echo "== benchmarks on the GPU"
+	@$(BIN)/qlab bench gpu --json benchmarks/results/gpu-{device}.json
 
 lint: $(STAMP) ## ruff: rules and layout
 	$(BIN)/ruff check .

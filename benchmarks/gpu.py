@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+import qlab
 from qlab.bench import Comparison
 from qlab.binary.kernels import cuda
 from qlab.errors import QlabError
+from qlab.quantizers import Sign
 
 CUBE = 8192
 CROSSOVER = (256, 512, 1024, 2048, 4096, 8192)
@@ -62,6 +64,24 @@ def fused_product(size: int) -> Callable[[], None]:
     return finished(lambda: device.matmul_threshold(packed_a, packed_b, size, threshold, flip))
 
 
+def packed_mlp(batch: int) -> tuple[Callable[[], None], ...]:
+    """Return a 784-3x4096-10 MLP on packed bits, float first and last layers, and the float net it has the shape of."""
+    plain = qlab.build("mlp", (1, 28, 28), 10, hidden=(4096,) * 3, seed=0).cuda().eval()
+    x = torch.randn(batch, 1, 28, 28, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    binary = qlab.harden(qlab.quantize(plain, Sign, Sign, keep=("first", "last")))
+    packed = qlab.binary.compile(binary, x)
+    on_bits, in_float = packed(x), packed(x, backend="torch")
+    if not torch.allclose(on_bits.float().to(x.device), in_float, rtol=1e-3, atol=1e-2):
+        raise QlabError("the packed MLP gives other logits on this device than its simulation")
+
+    @torch.no_grad()
+    def peer() -> None:
+        plain(x)
+        torch.cuda.synchronize()
+
+    return finished(lambda: packed(x)), peer
+
+
 def comparisons() -> Iterator[Comparison]:
     """Yield the comparisons of this benchmark.
 
@@ -103,3 +123,5 @@ def comparisons() -> Iterator[Comparison]:
     for batch in (1, 32, 1024):
         ours, peer = product(batch, 4096, 4096, torch.float32, None)
         yield Comparison(f"4096 x 4096 layer, batch {batch}", ours, peer, "torch float32", rounds=ROUNDS)
+        ours, peer = packed_mlp(batch)
+        yield Comparison(f"MLP 784-3x4096-10, batch {batch}", ours, peer, "the float32 net in torch", rounds=ROUNDS)

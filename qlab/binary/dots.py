@@ -253,9 +253,7 @@ class LayerRun:
         xor = (activation ^ weight) & counted
         signs, popcount = (np.bitwise_count(word).astype(np.int64) for word in (counted, xor))
         taps = (
-            np.stack(np.unravelchecked_index(np.arange(prod(self.bits.taps)), self.bits.taps), 1)
-            if self.bits.taps
-            else None
+            np.stack(np.unravel_index(np.arange(prod(self.bits.taps)), self.bits.taps), 1) if self.bits.taps else None
         )
         each = len(self.bits.used)
         threshold, flip = self.bits.threshold, self.bits.flip

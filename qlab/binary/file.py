@@ -16,7 +16,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qlab.binary.certificate import Certificate
     from qlab.binary.packed import PackedNet
 
-__all__ = ["FORMAT", "MAX_HEADER", "VERSION", "load", "save"]
+__all__ = ["FORMAT", "MAX_HEADER", "VERSION", "load", "replace_file", "save"]
 
 FORMAT = "qlab.packed"
 VERSION = 1
@@ -54,21 +54,30 @@ def save(packed: PackedNet, path: str | os.PathLike[str]) -> None:
     Raises:
         InputError: the path cannot be written; a number of the net is NaN or infinite, which JSON has not.
     """
-    target = Path(path)
-    if target.is_dir() or not target.parent.is_dir():
-        wrong = "is a folder" if target.is_dir() else f"is in {target.parent}, which is no folder"
-        raise InputError(f"cannot save to {target}: it {wrong}; give the path of a file in an existing folder")
     graph = packed.graph
     order = sorted(graph.tensors, key=lambda name: (-graph.tensors[name].itemsize, name))
     blocks = {name: _little_endian(graph.tensors[name]) for name in order}
     header = _header(packed, blocks)
+    replace_file(Path(path), [len(header).to_bytes(8, "little"), header, *(block.data for block in blocks.values())])
+
+
+def replace_file(target: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write a file whole or not at all: under another name beside it, which then takes its place.
+
+    Args:
+        target: the file, which need not exist.
+        parts: what it holds, one after the other.
+
+    Raises:
+        InputError: the path cannot be written.
+    """
+    if target.is_dir() or not target.parent.is_dir():
+        wrong = "is a folder" if target.is_dir() else f"is in {target.parent}, which is no folder"
+        raise InputError(f"cannot save to {target}: it {wrong}; give the path of a file in an existing folder")
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("xb") as file:
-            file.write(len(header).to_bytes(8, "little"))
-            file.write(header)
-            for block in blocks.values():
-                file.write(block.data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)

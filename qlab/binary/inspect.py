@@ -134,7 +134,9 @@ def follow(packed: PackedNet, x: Tensor, layer: str, example: int = 0, backend: 
     name = backend or packed.backend
     if name not in KEEP_WORDS:
         raise InputError(f"backend {name!r} keeps no words to look at; choose one of {', '.join(KEEP_WORDS)}")
-    simulation, simulated, seen = packed.on("torch"), {}, {}  # type: ignore[var-annotated]
+    simulation = packed.on("torch")
+    simulated: dict[str, np.ndarray] = {}
+    seen: dict[str, np.ndarray] = {}
     simulation.run(one, _keeper(simulated, [step.inputs[0]]))
     packed.on(name).run(one, _keeper(seen, [step.inputs[0], *step.outputs]))
     layer_bits = _bits(packed.graph, step)

@@ -23,7 +23,7 @@ from qlab.binary.graph import Graph, Step
 from qlab.binary.kernels.reference import WORD, output_size, words_for
 from qlab.errors import InputError
 
-__all__ = ["MAX_ELEMENTS", "MAX_STEPS", "infer"]
+__all__ = ["MAX_ELEMENTS", "MAX_STEPS", "Shape", "infer"]
 
 Shape = tuple[int, ...]
 

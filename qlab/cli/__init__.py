@@ -91,7 +91,9 @@ def _parser() -> argparse.ArgumentParser:
     which = bench.add_mutually_exclusive_group(required=True)
     which.add_argument("name", nargs="?", help="a benchmark")
     which.add_argument("--list", action="store_true", help="list the benchmarks")
-    bench.add_argument("--json", metavar="FILE", help="write the result here")
+    bench.add_argument(
+        "--json", metavar="FILE", help="write the result here; {device} in the name becomes the device's"
+    )
     return parser
 
 

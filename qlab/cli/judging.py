@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from pathlib import Path
 
+from qlab import provenance
 from qlab.cli.shelves import lines
 from qlab.errors import InputError
 
@@ -26,6 +28,10 @@ def _writable(path: str | None) -> None:
 
 def _command(arguments: list[str]) -> str:
     return shlex.join(["qlab", *arguments])
+
+
+def _slug(name: str) -> str:
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def reproduce(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -64,8 +70,9 @@ def bench(options: argparse.Namespace, arguments: list[str]) -> int:
     if options.list:
         print(lines(frame.benchmarks().items()))
         return 0
-    _writable(options.json)
+    target = options.json and options.json.replace("{device}", _slug(provenance.device_name()))
+    _writable(target)
     rows = frame.run(options.name, progress=lambda row: print(row, flush=True))
-    if options.json:
-        Path(options.json).write_text(frame.report(options.name, rows, _command(arguments)), encoding="utf-8")
+    if target:
+        Path(target).write_text(frame.report(options.name, rows, _command(arguments)), encoding="utf-8")
     return 3 if any(row.holds is False for row in rows) else 0

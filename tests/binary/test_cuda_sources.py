@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qlab.binary.kernels import cuda, cuda_build, cuda_shim, cuda_tune, reference
 from qlab.binary.kernels.cuda_build import ARCHITECTURES, CSRC, compile_cubin, definitions, kernel_names, source
@@ -219,6 +221,22 @@ def test_products_of_digits_are_exact(shim: Shim, rows: int, columns: int, k: in
 @pytest.mark.parametrize("case", cases.CONVOLUTIONS)
 def test_convolutions_are_exact(shim: Shim, case: tuple[Any, ...], pad: str) -> None:
     cases.check_convolution(shim, case, pad)
+
+
+@needs_gxx
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_any_convolution_is_exact(data: st.DataObject) -> None:
+    def some(least: int, most: int) -> int:
+        return data.draw(st.integers(least, most))
+
+    groups, kernel, dilation = some(1, 3), (some(1, 3), some(1, 3)), (some(1, 2), some(1, 2))
+    padding = (some(0, 2), some(0, 2))
+    least = [max(1, d * (k - 1) + 1 - 2 * p) for d, k, p in zip(dilation, kernel, padding, strict=True)]
+    size = (some(least[0], least[0] + 3), some(least[1], least[1] + 3))
+    channels, outputs = groups * some(1, 70), groups * some(1, 20)
+    case = (some(1, 2), *size, channels, outputs, kernel, (some(1, 2), some(1, 2)), padding, dilation, groups)
+    cases.check_convolution(Shim(), case, data.draw(st.sampled_from(["zero", "one"])))
 
 
 @pytest.mark.parametrize("case", cases.CONVOLUTIONS)

@@ -217,8 +217,21 @@ def _torch_stream(cupy: Any, tensors: Sequence[Tensor]) -> AbstractContextManage
         index = tensors[0].device.index
         stack.enter_context(cupy.cuda.Device(index))
         pointer = torch.cuda.current_stream(index).cuda_stream
-        stack.enter_context(cupy.cuda.ExternalStream(pointer, index))
+        from_external = getattr(cupy.cuda.Stream, "from_external", None)  # from CuPy 14 on
+        stack.enter_context(
+            from_external(_Stream(pointer)) if from_external else cupy.cuda.ExternalStream(pointer, index)
+        )
     return stack
+
+
+class _Stream:
+    """A stream by its address, in the CUDA stream protocol."""
+
+    def __init__(self, pointer: int) -> None:
+        self.pointer = pointer
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.pointer
 
 
 def _to_cupy(cupy: Any, x: Any, words: bool) -> Any:
