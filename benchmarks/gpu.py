@@ -25,8 +25,8 @@ CROSSOVER = (256, 512, 1024, 2048, 4096, 8192)
 ROUNDS = 15
 
 
-def signs(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator(device="cuda").manual_seed(rows)
+def signs(rows: int, columns: int, dtype: torch.dtype, seed: int) -> Tensor:
+    generator = torch.Generator(device="cuda").manual_seed(seed)
     bits = torch.randint(2, (rows, columns), generator=generator, device="cuda")
     return (2 * bits - 1).to(dtype)
 
@@ -43,7 +43,7 @@ def finished(work: Callable[[], object]) -> Callable[[], None]:
 
 def product(rows: int, columns: int, k: int, dtype: torch.dtype, kernel: str | None) -> tuple[Callable[[], None], ...]:
     """Return ours and torch's product of signs; the same numbers, or there is no comparison."""
-    a, b = signs(rows, k, dtype), signs(columns, k, dtype)
+    a, b = signs(rows, k, dtype, seed=0), signs(columns, k, dtype, seed=1)
     device = cuda.Device(kernel)
     packed_a, packed_b = (device.pack(device.xp.from_dlpack(x.float())) for x in (a, b))
     ours = torch.from_dlpack(device.binary_matmul(packed_a, packed_b, k))
@@ -58,10 +58,10 @@ def product(rows: int, columns: int, k: int, dtype: torch.dtype, kernel: str | N
 def fused_product(size: int) -> Callable[[], None]:
     """Return the product of a cube whose result leaves as bits, thresholds applied."""
     device = cuda.Device()
-    packed_a, packed_b = (device.pack(device.xp.from_dlpack(signs(size, size, torch.float32))) for _ in range(2))
+    a, b = (device.pack(device.xp.from_dlpack(signs(size, size, torch.float32, seed))) for seed in (0, 1))
     threshold = device.xp.zeros(size, "int32")
     flip = device.xp.zeros(size // 64, "uint64")
-    return finished(lambda: device.matmul_threshold(packed_a, packed_b, size, threshold, flip))
+    return finished(lambda: device.matmul_threshold(a, b, size, threshold, flip))
 
 
 def packed_mlp(batch: int) -> tuple[Callable[[], None], ...]:

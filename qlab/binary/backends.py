@@ -42,6 +42,7 @@ class Backend:
     """
 
     name: ClassVar[str]
+    promised: bool = True  # the bits of the simulation; a runtime that sums floats in an order of its own cannot promise them
 
     def __init__(self, graph: Graph, device: str = "cpu") -> None:
         self.graph = graph

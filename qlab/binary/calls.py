@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from qlab.binary.layers import average_pool, flattened, max_pool, nonlinearity
+from qlab.binary.writer import Value, Writer
 from qlab.errors import InputError
 
-if TYPE_CHECKING:
-    from qlab.binary.lower import Lowering, Value
-
-__all__ = ["lower_call"]
+__all__ = ["lower_call", "nodes_in"]
 
 _ADD = {operator.add, operator.iadd, torch.add, "add", "add_"}
 _SUB = {operator.sub, operator.isub, torch.sub, "sub"}
@@ -42,59 +41,57 @@ _NONLINEARITIES: dict[Any, Callable[..., nn.Module]] = {
 }
 
 
-def lower_call(lowering: Lowering, node: fx.Node) -> Value:
-    """Return the value of a `call_function` or `call_method` node.
+def lower_call(writer: Writer, node: fx.Node, values: list[Value]) -> Value:
+    """Return the value of a `call_function` or `call_method` node, given those of its arguments.
 
     Raises:
         InputError: for a call that the packed format does not know.
     """
     target, shape = node.target, node.meta["shape"]
-    tensors = [a for a in _flat(node.args) if isinstance(a, fx.Node)]
-    values = [lowering.env[a] for a in tensors]
     name = node.name
     if target in _SHAPES or (shape is None and (target is operator.getitem or target is operator.mul)):
         return None  # a shape; what uses it is recognised by the shape it gives
     if target in _ADD or target in _SUB or target in _MUL:
-        return _arithmetic(lowering, node, target, values)
+        return _arithmetic(writer, node, target, values)
     if target in _SAME:
         return values[0]
     if target in _NONLINEARITIES:
         options = dict(node.kwargs)
         module = _NONLINEARITIES[target](*(a for a in node.args[1:]), **options)
-        return lowering.nonlinearity(name, module, values[0])
+        return nonlinearity(writer, name, module, values[0])
     if target in _FLATTEN:
         start = int(_argument(node, 1, "start_dim", 0))
-        return lowering.flattened(shape, name, values[0], start, int(_argument(node, 2, "end_dim", -1)))
+        return flattened(writer, shape, name, values[0], start, int(_argument(node, 2, "end_dim", -1)))
     if target in _RESHAPE:
-        return _reshape(lowering, node, values[0])
+        return _reshape(writer, node, values[0])
     if target in (torch.mean, "mean"):
-        dims = _argument(node, 1, "dim", list(range(len(lowering.shape_of(values[0])))))
+        dims = _argument(node, 1, "dim", list(range(len(writer.shape_of(values[0])))))
         keepdim = bool(_argument(node, 2, "keepdim", False))
-        return lowering.plain(shape, "mean", values[:1], name, dims=_list(dims), keepdim=keepdim)
+        return writer.plain(shape, "mean", values[:1], name, dims=_list(dims), keepdim=keepdim)
     if target in (F.adaptive_avg_pool2d,):
-        return lowering.plain(shape, "adaptive_avg_pool2d", values[:1], name, size=list(shape[2:]))
+        return writer.plain(shape, "adaptive_avg_pool2d", values[:1], name, size=list(shape[2:]))
     if target in (F.max_pool2d, torch.max_pool2d):
         module = nn.MaxPool2d(*node.args[1:], **{k: v for k, v in node.kwargs.items() if k != "return_indices"})  # type: ignore[arg-type]
-        return lowering.max_pool(node, name, module, values[0])
+        return max_pool(writer, node, name, module, values[0])
     if target is F.avg_pool2d:
-        return lowering.layer(node, name, nn.AvgPool2d(*node.args[1:], **node.kwargs), values[0])  # type: ignore[arg-type]
+        return average_pool(writer, node, name, nn.AvgPool2d(*node.args[1:], **node.kwargs), values[0])  # type: ignore[arg-type]
     if target is F.pad:
         if _argument(node, 2, "mode", "constant") != "constant":
             raise InputError(f"{name}: only padding with a constant is an operation of the packed format")
         value = _argument(node, 3, "value", None)
         pads = _list(_argument(node, 1, "pad", []))
-        return lowering.plain(shape, "pad", values[:1], name, pads=pads, value=float(value or 0))
+        return writer.plain(shape, "pad", values[:1], name, pads=pads, value=float(value or 0))
     if target is operator.getitem:
-        return lowering.plain(shape, "slice", values[:1], name, slices=_slices(name, node.args[1]))
+        return writer.plain(shape, "slice", values[:1], name, slices=_slices(name, node.args[1]))
     if target in (torch.cat, torch.concat):
-        return lowering.plain(shape, "cat", values, name, dim=int(_argument(node, 1, "dim", 0)))
+        return writer.plain(shape, "cat", values, name, dim=int(_argument(node, 1, "dim", 0)))
     raise InputError(
         f"{name} calls {getattr(target, '__name__', target)!r}, which the packed format does not know; use a module of "
         "torch.nn, addition, reshaping, padding, slicing or a mean"
     )
 
 
-def _arithmetic(lowering: Lowering, node: fx.Node, target: Any, values: list[Value]) -> Value:
+def _arithmetic(writer: Writer, node: fx.Node, target: Any, values: list[Value]) -> Value:
     shape, name = node.meta["shape"], node.name
     op = "add" if target in _ADD else "sub" if target in _SUB else "mul"
     if node.kwargs.get("alpha", 1) != 1:
@@ -105,24 +102,27 @@ def _arithmetic(lowering: Lowering, node: fx.Node, target: Any, values: list[Val
             number = -number
         elif op == "sub":
             raise InputError(f"{name}: a number minus a tensor is no operation of the packed format; write -x + number")
-        return lowering.plain(shape, "mul_number" if op == "mul" else "add_number", values, name, number=number)
+        return writer.plain(shape, "mul_number" if op == "mul" else "add_number", values, name, number=number)
     if op == "add":
-        return lowering.added(shape, name, values[0], values[1])
-    return lowering.plain(shape, op, values, name)
+        return writer.added(shape, name, values[0], values[1])
+    return writer.plain(shape, op, values, name)
 
 
-def _reshape(lowering: Lowering, node: fx.Node, value: Value) -> Value:
+def _reshape(writer: Writer, node: fx.Node, value: Value) -> Value:
     """Return a reshape: of whole examples to vectors, which is a flattening, or to sizes that are all given but one."""
-    before, shape = lowering.shape_of(value), node.meta["shape"]
+    before, shape = writer.shape_of(value), node.meta["shape"]
     if len(shape) == 2 and shape[0] == before[0]:
-        return lowering.flattened(shape, node.name, value, 1, -1)
+        return flattened(writer, shape, node.name, value, 1, -1)
     if shape[0] != before[0]:
         raise InputError(f"{node.name} mixes the examples of a batch, which a packed net does not")
-    return lowering.plain(shape, "reshape", [value], node.name, shape=[-1, *shape[1:]])
+    return writer.plain(shape, "reshape", [value], node.name, shape=[-1, *shape[1:]])
 
 
-def _flat(args: Any) -> list[Any]:
-    return [x for a in args for x in (_flat(a) if isinstance(a, tuple | list) else [a])]
+def nodes_in(arguments: Any) -> list[fx.Node]:
+    """Return the nodes among a call's arguments, in order and as often as they stand there."""
+    if isinstance(arguments, tuple | list):
+        return [node for argument in arguments for node in nodes_in(argument)]
+    return [arguments] if isinstance(arguments, fx.Node) else []
 
 
 def _argument(node: fx.Node, position: int, name: str, default: Any) -> Any:

@@ -43,7 +43,7 @@ class Cost:
     """Bytes and seconds of a packed net.
 
     Args:
-        layers: rows of `PackedNet.report`.
+        layers: rows of `PackedNet.report`, with the weights' bytes as they are stored.
         nbytes: of all tensors of the packed net.
         batch: N, examples in a run.
         rounds: name of a backend, or "original" for the net it was compiled from -> seconds of each run.
@@ -160,11 +160,13 @@ def costing(
     spent: list[list[float]] = [[] for _ in steps]
     times: dict[str, list[float]] = {name: [] for name in runs}
 
+    rows = tuple(row | {"packed_bytes": _stored(packed, row["layer"])} for row in packed.graph.layers)
+
     def so_far() -> Cost:
         profile = tuple((*step, statistics.median(s)) for step, s in zip(steps, spent, strict=True) if s)
         given = {name: tuple(t) for name, t in times.items()}
         return Cost(
-            packed.graph.layers,
+            rows,
             packed.nbytes,
             len(x),
             given,
@@ -189,6 +191,12 @@ def costing(
             yield Update((i + 1) / rounds, f"Timing the net, round {i + 1} of {rounds}", so_far())
             if taken > seconds and i + 1 >= LEAST_ROUNDS:
                 break
+
+
+def _stored(packed: PackedNet, layer: str) -> int:
+    """Return the bytes of a layer's weight as it is stored; behind a flattened picture each pixel is padded to whole words."""
+    named = [s.tensors["weight"] for s in packed.graph.steps if s.layer == layer and "weight" in s.tensors]
+    return sum(packed.graph.tensors[name].nbytes for name in named)
 
 
 def _run_of(packed: PackedNet, name: str, x: Tensor) -> Timed:

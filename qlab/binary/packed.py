@@ -56,19 +56,28 @@ def _cuda(graph: Graph) -> Backend:
     return Cuda(graph)
 
 
+def _onnxruntime(graph: Graph) -> Backend:
+    from qlab.binary.backend_onnx import OnnxRuntime
+
+    return OnnxRuntime(graph)
+
+
 BACKENDS: dict[str, tuple[str, Callable[[Graph], Backend]]] = {
     "torch": ("the simulation: signs as +-1 in float32", Simulation),
     "numpy": ("the reference kernels, slow", _numpy),
     "numba": ("the CPU kernels", _numba),
     "shim": ("the CUDA sources, compiled for the CPU; slow", _shim),
     "cuda": ("the CUDA kernels", _cuda),
+    "onnxruntime": ("the ONNX export in another runtime", _onnxruntime),
 }
 """Name -> what it is, and what makes it."""
 
 
 def present() -> list[str]:
-    """Return the names of the backends that this machine can run: "shim" needs g++, "cuda" a GPU and CuPy."""
+    """Return the names of the backends that this machine can run: "shim" needs g++, "cuda" a GPU and CuPy, "onnxruntime"
+    the extra `onnx`."""
     import shutil
+    from importlib.util import find_spec
 
     names = ["torch", "numpy", "numba"]
     if shutil.which("g++"):
@@ -77,6 +86,8 @@ def present() -> list[str]:
         from qlab.binary.kernels import cuda
 
         names += ["cuda"] if cuda.available() else []
+    if find_spec("onnx") and find_spec("onnxruntime"):
+        names.append("onnxruntime")
     return names
 
 

@@ -83,6 +83,7 @@ def dot_figure(product: DotProduct) -> Figure:
             f"threshold {product.threshold}", (0, product.threshold), va="bottom", color=COLOURS[1], fontsize=8
         )
     sums.margins(y=0.2)
+    sums.xaxis.get_major_locator().set_params(integer=True)
     sums.set(xlabel="words added", ylabel="running sum")
     sums.spines[["top", "right"]].set_visible(False)
     rest = len(product.xor) - len(words)
@@ -102,11 +103,15 @@ def cost_figure(cost: Cost) -> Figure:
     sizes, times = figure.subplots(1, 2)
     table = cost.frame()
     at = np.arange(len(table))
-    sizes.barh(at - 0.2, table["float_bytes"] / 1024, 0.38, color="0.75", label="float32")
-    sizes.barh(at + 0.2, table["packed_bytes"] / 1024, 0.38, color=COLOURS[0], hatch="//", label="packed")
+    bars = (("float_bytes", -0.2, "0.75", "", "float32"), ("packed_bytes", 0.2, COLOURS[0], "//", "packed"))
+    for key, shift, colour, hatch, label in bars:
+        kb = table[key].to_numpy(float) / 1024
+        sizes.barh(at + shift, kb, 0.38, color=colour, hatch=hatch, label=label)
+        for i, value in enumerate(kb):
+            sizes.annotate(f" {value:,.1f}", (value, i + shift), va="center", fontsize=7)
     sizes.set_yticks(at, table["layer"])
-    sizes.set_xscale("log")
     sizes.set(title="size", xlabel="KB")
+    sizes.margins(x=0.15)
     sizes.legend(frameon=False, fontsize=8)
     names = list(seconds)
     times.barh(names, [1e3 * seconds[name] for name in names], color=COLOURS[2])

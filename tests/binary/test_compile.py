@@ -137,6 +137,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "pool that rounds up": lambda: nn.Sequential(
         Sign(), conv(6, 7), nn.MaxPool2d(2, ceil_mode=True), nn.BatchNorm2d(7), Sign(), conv(7, 3)
     ),
+    "bias, pool, relu": lambda: nn.Sequential(Sign(), conv(6, 7, bias=True), nn.MaxPool2d(2), nn.ReLU(), conv(7, 3)),
     "pool of a float": lambda: nn.Sequential(nn.MaxPool2d(2), Sign(), conv(6, 7)),
     "average pool": lambda: nn.Sequential(Sign(), conv(6, 7), nn.AvgPool2d(2), nn.BatchNorm2d(7), Sign(), conv(7, 3)),
     "two batch norms": lambda: nn.Sequential(
@@ -306,6 +307,7 @@ class Odd(nn.Module):
         (Branching().eval(), "must not branch"),
         (Odd().eval(), "cumsum"),
         (nn.Sequential(nn.Softmax(1)).eval(), "Softmax"),
+        (nn.Sequential(nn.Unflatten(1, (2, 2)), Sign()).eval(), "Unflatten"),
         (nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False)).eval(), "running statistics"),
         ("net", "expected a deployed net"),
     ],

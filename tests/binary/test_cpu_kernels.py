@@ -324,6 +324,33 @@ def test_arrays_that_are_not_contiguous_give_the_same() -> None:
     np.testing.assert_array_equal(cpu.binary_conv2d(x, w, 64), reference.binary_conv2d(x, w, 64))
 
 
+def test_arrays_that_may_not_be_written_are_read() -> None:
+    rng = random()
+    a, b = signs(rng, 5, 70), signs(rng, 20, 70)
+    expected = reference.binary_matmul(a, b, 70)
+    a.flags.writeable = b.flags.writeable = False
+    np.testing.assert_array_equal(cpu.binary_matmul(a, b, 70), expected)
+
+
+def test_panels_serve_inputs_of_several_shapes_and_several_thresholds() -> None:
+    rng = random()
+    w = signs(rng, 24, 3, 3, 70)
+    panels = cpu.prepack_conv(w)
+    for image in ((5, 6), (3, 9), (5, 6)):
+        x = signs(rng, 1, *image, 70)
+        for _ in range(2):
+            threshold, flip = thresholds(rng, 24, 630)
+            expected = reference.threshold_pack(reference.binary_conv2d(x, w, 70), threshold, flip)
+            np.testing.assert_array_equal(cpu.conv2d_threshold(x, panels, 70, threshold, flip), expected)
+
+
+def test_empty_batches_give_empty_results() -> None:
+    w = signs(random(), 24, 3, 3, 70)
+    assert cpu.binary_conv2d(np.empty((0, 5, 5, 2), np.uint64), w, 70, padding=(1, 1)).shape == (0, 5, 5, 24)
+    assert cpu.binary_matmul(np.empty((0, 2), np.uint64), signs(random(), 3, 70), 70).shape == (0, 3)
+    assert cpu.pack(np.empty((0, 70), np.float32)).shape == (0, 2)
+
+
 def test_a_given_result_is_written_and_returned() -> None:
     rng = random()
     a, b = signs(rng, 5, 70), signs(rng, 20, 70)
@@ -351,6 +378,8 @@ def test_wrong_arguments_say_what_was_expected() -> None:
         cpu.conv2d_affine(x, w, 70, ones, ones, True, residual=y, out=y)
     with pytest.raises(InputError, match="prepack_conv"):
         cpu.binary_conv2d(x, cpu.prepack(a), 70)
+    with pytest.raises(InputError, match="panels of 16 channels"):
+        cpu.binary_conv2d(signs(rng, 1, 5, 5, 20), cpu.prepack_conv(signs(rng, 4, 3, 3, 16), channels=16), 20)
 
 
 @pytest.fixture
@@ -362,17 +391,52 @@ def two_threads() -> Any:
 
 
 @pytest.mark.usefixtures("two_threads")
-@pytest.mark.parametrize("openmp", [True, False])
-def test_results_do_not_depend_on_the_number_of_threads(openmp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not openmp:
+@pytest.mark.parametrize("how", ["openmp", "python", "alone"])
+def test_results_do_not_depend_on_the_threads(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "python":
         monkeypatch.setattr(cpu_launch, "_openmp", lambda: None)
+    monkeypatch.setattr(cpu_launch, "_alone_until", float("inf") if how == "alone" else 0.0)
     rng = random()
-    a, b = signs(rng, 300, 577), signs(rng, 130, 577)
-    np.testing.assert_array_equal(cpu.binary_matmul(a, b, 577), reference.binary_matmul(a, b, 577))
+    a, b = signs(rng, 3000, 577), signs(rng, 520, 577)
     x, w = rng.standard_normal((3, 577)).astype(np.float32), signs(rng, 300, 577)
-    two = cpu.signed_sum_matmul(x, w)
+    two = cpu.binary_matmul(a, b, 577), cpu.signed_sum_matmul(x, w)
     torch.set_num_threads(1)
-    np.testing.assert_array_equal(two, cpu.signed_sum_matmul(x, w))
+    for one, other in zip(two, (cpu.binary_matmul(a, b, 577), cpu.signed_sum_matmul(x, w)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_late_thread_is_not_waited_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine, where a sleeping thread wakes a time slice late; the clock here says so."""
+    forks: list[int] = []
+    clock = iter((0.0, 0.5, 0.55, 0.7, 0.7001))  # start, end (late); start (alone); start, end
+    monkeypatch.setattr(cpu_launch, "_openmp", lambda: lambda *_: forks.append(1))
+    monkeypatch.setattr(cpu_launch.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(cpu_launch.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(cpu_launch, "_alone_until", 0.0)
+    runs: list[int] = []
+    kernel = cpu_launch._Kernel(0, runs.append, None)
+    monkeypatch.setitem(cpu_launch._kernels, "gemm", kernel)
+    for expected in ((1, 0), (1, 1), (2, 1)):
+        cpu_launch.launch("gemm", cpu_launch.new_block((0,)), chunks=4, seconds=1e-4)
+        assert (len(forks), len(runs)) == expected
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_works_alone() -> None:
+    """An OpenMP pool does not survive a fork: a child that asked it for threads would wait for ever."""
+    code = """
+import os, numpy as np, torch
+from qlab.binary.kernels import cpu
+torch.set_num_threads(2)
+a = np.arange(300 * 10, dtype=np.uint64).reshape(300, 10)
+before = cpu.binary_matmul(a, a, 640)
+child = os.fork()
+if child == 0:
+    os._exit(int((cpu.binary_matmul(a, a, 640) != before).any()))
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], timeout=120, check=False)
+    assert done.returncode == 0
 
 
 @pytest.mark.usefixtures("two_threads")

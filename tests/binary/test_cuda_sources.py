@@ -24,6 +24,7 @@ from qlab.binary.kernels import cuda, cuda_build, cuda_shim, cuda_tune, referenc
 from qlab.binary.kernels.cuda_build import ARCHITECTURES, CSRC, compile_cubin, definitions, kernel_names, source
 from qlab.binary.kernels.cuda_plan import Plan, popcount_plan
 from qlab.binary.kernels.cuda_shim import Shim
+from qlab.cli import main
 from qlab.errors import InputError, QlabError
 from tests.binary import cuda_cases as cases
 
@@ -38,27 +39,23 @@ POPCOUNT_TILES = [{"TM": 4, "TN": 4}, {"TM": 2, "TN": 2}, {"TM": 1, "TN": 1}]
 SHARED_LIMITS = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227}  # KB a block may have, by capability
 
 
-def tool(name: str) -> str:
-    """Return a program of the wheels nvidia-cuda-nvdisasm and nvidia-cuda-cuobjdump, or of a CUDA toolkit."""
-    wheels = sorted(Path(entry) / name for path in sys.path for entry in Path(path).glob("nvidia/*/bin"))
-    found = next((str(path) for path in wheels if path.is_file()), None) or shutil.which(name)
+def disassembler() -> str:
+    """Return nvdisasm, from its wheel or a CUDA toolkit."""
+    wheels = sorted(Path(entry) / "nvdisasm" for path in sys.path for entry in Path(path).glob("nvidia/*/bin"))
+    found = next((str(path) for path in wheels if path.is_file()), None) or shutil.which("nvdisasm")
     if found is None:
-        pytest.skip(f"needs {name}: pip install nvidia-cuda-{name}")
+        pytest.skip("needs nvdisasm: pip install nvidia-cuda-nvdisasm")
     return found
-
-
-def run_tool(name: str, *arguments: str) -> str:
-    done = subprocess.run([tool(name), *arguments], capture_output=True, text=True, check=True)
-    return done.stdout
 
 
 def instructions(code: bytes, folder: Path) -> set[str]:
     """Return the mnemonics of machine code."""
     path = folder / "code.cubin"
     path.write_bytes(code)
-    return set(
-        re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", run_tool("nvdisasm", str(path)), re.M)
-    )
+    listing = subprocess.run([disassembler(), str(path)], capture_output=True, text=True, check=True).stdout
+    found = set(re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", listing, re.MULTILINE))
+    assert "EXIT" in found
+    return found
 
 
 # ---- compiled for a GPU ------------------------------------------------------------------------------------------------
@@ -113,10 +110,8 @@ def test_wgmma_is_the_one_bit_instruction_of_warpgroups(columns: int, tmp_path: 
     ],
 )
 def test_no_register_is_spilled(name: str, architecture: str, macros: dict[str, int], tmp_path: Path) -> None:
-    path = tmp_path / "code.cubin"
-    path.write_bytes(compile_cubin(name, architecture, definitions(macros))[0])
-    usage = run_tool("cuobjdump", "-res-usage", str(path))
-    assert re.findall(r"STACK:(\d+) .*LOCAL:(\d+)", usage) == [("0", "0")], usage
+    found = instructions(compile_cubin(name, architecture, definitions(macros))[0], tmp_path)
+    assert not {name for name in found if name.startswith(("STL", "LDL"))}  # local memory
 
 
 def test_a_source_that_does_not_compile_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,3 +467,10 @@ def test_the_candidates_of_the_tuner_fit_and_compile(kernel: str, architecture: 
 def test_the_tuner_prints_an_entry_of_the_table() -> None:
     entry = cuda_tune.table((9, 0), cuda.TILES[9, 0])
     assert eval(f"{{{entry}}}") == {(9, 0): cuda.TILES[9, 0]}
+
+
+def test_the_benchmark_fails_and_says_why_where_there_is_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    if cuda.available():
+        pytest.skip("there is a GPU here")
+    assert main(["bench", "gpu"]) == 2
+    assert "no GPU is at hand" in capsys.readouterr().err

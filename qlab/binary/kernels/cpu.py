@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from qlab.binary.kernels.cpu_floats import (
+from qlab.binary.kernels.cpu_edges import (
     SignMasks,
     affine_pack,
     as_array,

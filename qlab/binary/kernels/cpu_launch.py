@@ -27,7 +27,7 @@ __all__ = ["KERNELS", "address", "compile_kernel", "launch", "new_block"]
 log = logging.getLogger("qlab")
 
 SLOW = 2.0  # seconds of compilation that are worth a line
-WAKING = 4e-6  # seconds of work that are done before another thread has begun
+WAKING, WAKING_PYTHON = 4e-6, 2e-4  # seconds until another thread of OpenMP, of Python has begun
 # On a busy machine a thread that slept may be woken a time slice late, and all wait for it. After a short kernel was that late,
 # short kernels run on the calling thread alone for a while.
 LATE, ALONE = 1e-3, 0.1
@@ -125,12 +125,13 @@ def launch(name: str, block: Any, chunks: int, seconds: float) -> None:
     """
     global _alone_until
     kernel = _kernels.get(name) or compile_kernel(name)
-    threads = 1 if seconds < WAKING or _forked else min(torch.get_num_threads(), chunks)
+    fork = _openmp()
+    threads = 1 if _forked else min(torch.get_num_threads(), chunks)
     start = time.perf_counter()
-    if threads <= 1 or (seconds < LATE and start < _alone_until):
+    if threads <= 1 or seconds < (WAKING if fork else WAKING_PYTHON) or (seconds < LATE and start < _alone_until):
         kernel.run(ctypes.addressof(block))
         return
-    if (fork := _openmp()) is not None:
+    if fork is not None:
         fork(kernel.address, ctypes.addressof(block), threads, 0)
     else:
         others = [_python_threads().submit(kernel.run, ctypes.addressof(block)) for _ in range(threads - 1)]

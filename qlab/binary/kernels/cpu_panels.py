@@ -15,7 +15,7 @@ from qlab.errors import InputError
 __all__ = ["Panels", "as_words", "prepack", "prepack_conv"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Panels:
     """Packed weights, rearranged once so that a vector holds word k of eight output channels.
 
@@ -43,7 +43,7 @@ class Panels:
     joined: int = 1
     second: int = 0
     channels: int = 0
-    plans: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    plans: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @property
     def per_group(self) -> int:

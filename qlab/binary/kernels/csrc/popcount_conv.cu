@@ -1,12 +1,13 @@
 // Binary convolution, direct, on channels-last words: x (N, H, W, G, Wg), w (O, kh, kw, Wg), z (N, OH, OW, O) with O = G Og.
 //
-// It is the product of popcount_gemm.cu with a = the taps of an output position, gathered while a tile is copied: word q of a row is
-// word q mod Wg of tap q div Wg. A tap outside the picture is copied as 0, which means +1: that is padding "one".
+// It is the product of popcount_gemm.cu with a = the taps of an output position, gathered while a tile is copied: word q of a row
+// is word q mod Wg of tap q div Wg. A tap outside the picture is copied as 0, which means +1: that is padding "one".
 // Padding "zero" takes those taps out again: with p[o, t] = popc(w[o, t]), what a tap of zeros had counted, and V valid taps,
 //     z = V C/G - 2 (popcount - sum over taps t outside of p[o, t]).
 // Only positions at the border do this. blockIdx.z is the group.
 //
-// With DIGITS = 1, x holds digits {0, 1} and 0 outside pads exactly: z = popc(a) - 2 popc(a and w), popc(a) counted while a is copied.
+// With DIGITS = 1, x holds digits {0, 1} and 0 outside pads exactly: z = popc(a) - 2 popc(a and w), popc(a) counted while a is
+// copied.
 #include "common.cuh"
 #include "epilogue.cuh"
 #include "popcount_tile.cuh"

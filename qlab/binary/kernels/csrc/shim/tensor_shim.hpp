@@ -46,8 +46,8 @@ inline void load_matrices(unsigned (&d)[4], unsigned address) {
         std::memcpy(&d[matrix], shim::at(unsigned(rows[matrix * 8 + lane / 4][0]), 16) + lane % 4 * 4, 4);
 }
 
-// mma.m16n8k256.b1.and.popc. Of lane l, g = l / 4, t = l mod 4. Bits 32 t ... of row g: a[0], of row g + 8: a[1]; bits 128 + 32 t ...
-// a[2], a[3]. b the same with its 8 rows. c: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
+// mma.m16n8k256.b1.and.popc. Of lane l, g = l / 4, t = l mod 4. Bits 32 t ... of row g: a[0], of row g + 8: a[1]; bits
+// 128 + 32 t ...: a[2], a[3]. b the same with its 8 rows. c: (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
 inline void mma_and_popc(int (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     uint64_t low = a[0] | uint64_t(a[1]) << 32, high = a[2] | uint64_t(a[3]) << 32;
     auto& all = shim::meet_warp<3>({low, high, b0 | uint64_t(b1) << 32});

@@ -40,6 +40,8 @@ def as_array(x: Any, dtype: Any, shape: tuple[int | None, ...], what: str) -> An
         InputError: not a numpy array of that type and shape (None stands for any length).
     """
     fits = isinstance(x, np.ndarray) and x.dtype == dtype and x.ndim == len(shape)
+    if fits and x.shape == shape and x.flags.c_contiguous:
+        return x
     if not fits or any(n is not None and n != m for n, m in zip(shape, x.shape, strict=True)):
         found = f"{x.dtype} of shape {x.shape}" if isinstance(x, np.ndarray) else type(x).__name__
         wanted = ", ".join("any" if n is None else str(n) for n in shape)
@@ -85,9 +87,9 @@ def unpack(words: Words, length: int, axis: int = -1) -> np.ndarray:
 
 def affine_pack(
     x: Floats,
-    alpha: Floats,
-    beta: Floats,
-    fused: bool,
+    alpha: Floats | None = None,
+    beta: Floats | None = None,
+    fused: bool = False,
     layout: Literal["NHWC", "NCHW"] = "NHWC",
     out: Words | None = None,
 ) -> Words:
@@ -95,7 +97,7 @@ def affine_pack(
 
     Args:
         x: float32, channels last, (..., C); or (N, C, H, W) with `layout` "NCHW".
-        alpha, beta: float32 (C,).
+        alpha, beta: float32 (C,); without them, the signs of x itself.
         fused: rounded once (FMA) or after each operation, as in `reference.affine`.
         layout: of x.
         out: takes the result.
@@ -103,6 +105,8 @@ def affine_pack(
     Raises:
         InputError: wrong shapes or types; the result holds NaN.
     """
+    if alpha is None or beta is None:
+        return _pack(x, None, None, 0, layout, out)
     channels = x.shape[1 if layout == "NCHW" else -1]
     alpha, beta = (as_array(v, np.float32, (channels,), name) for v, name in ((alpha, "alpha"), (beta, "beta")))
     return _pack(x, alpha, beta, 2 if fused else 1, layout, out)
@@ -207,7 +211,7 @@ def bitplane_input(x: np.ndarray, out: Words | None = None) -> Words:
     return out
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SignMasks:
     """Weights of `signed_sum_matmul`: masks (W(N), K), bit c of word (p, k) is the sign of weight k of output 64 p + c."""
 
