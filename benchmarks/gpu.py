@@ -70,9 +70,6 @@ def packed_mlp(batch: int) -> tuple[Callable[[], None], ...]:
     x = torch.randn(batch, 1, 28, 28, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
     binary = qlab.harden(qlab.quantize(plain, Sign, Sign, keep=("first", "last")))
     packed = qlab.binary.compile(binary, x)
-    on_bits, in_float = packed(x), packed(x, backend="torch")
-    if not torch.allclose(on_bits.float().to(x.device), in_float, rtol=1e-3, atol=1e-2):
-        raise QlabError("the packed MLP gives other logits on this device than its simulation")
 
     @torch.no_grad()
     def peer() -> None:

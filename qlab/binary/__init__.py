@@ -21,15 +21,28 @@ if TYPE_CHECKING:
     from qlab.binary.bits import pack, unpack, words_for
     from qlab.binary.certificate import Certificate
     from qlab.binary.file import load
+    from qlab.binary.onnx import export_onnx
     from qlab.binary.packed import BACKENDS, PackedNet, compile, present
 
-__all__ = ["BACKENDS", "Certificate", "PackedNet", "compile", "load", "pack", "present", "unpack", "words_for"]
+__all__ = [
+    "BACKENDS",
+    "Certificate",
+    "PackedNet",
+    "compile",
+    "export_onnx",
+    "load",
+    "pack",
+    "present",
+    "unpack",
+    "words_for",
+]
 
 _HOME = {
     "BACKENDS": "qlab.binary.packed",
     "Certificate": "qlab.binary.certificate",
     "PackedNet": "qlab.binary.packed",
     "compile": "qlab.binary.packed",
+    "export_onnx": "qlab.binary.onnx",
     "load": "qlab.binary.file",
     "pack": "qlab.binary.bits",
     "present": "qlab.binary.packed",

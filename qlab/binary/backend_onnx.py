@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from qlab.binary.backends import Backend, Observe
+from qlab.binary.floats import inexact
 from qlab.binary.graph import Graph
-from qlab.binary.onnx import build, inexact
+from qlab.binary.onnx import build
 from qlab.errors import QlabError
 
 __all__ = ["OnnxRuntime"]
@@ -54,7 +55,7 @@ class OnnxRuntime(Backend):
 
 def _session(graph: Graph, watched: Sequence[str] = ()) -> Any:
     try:
-        import onnxruntime
+        import onnxruntime  # type: ignore[import-untyped]
     except ImportError as error:
         raise QlabError("this backend needs onnxruntime, which is not installed: pip install 'qlab[onnx]'") from error
     options = onnxruntime.SessionOptions()

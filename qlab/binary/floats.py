@@ -6,13 +6,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["FLOAT_OPS", "ORDER_SENSITIVE", "POOLS"]
+if TYPE_CHECKING:
+    from qlab.binary.graph import Graph
+
+__all__ = ["FLOAT_OPS", "INEXACT", "ORDER_SENSITIVE", "POOLS", "inexact"]
 
 Run = Callable[[Sequence[Tensor], Mapping[str, Tensor], Mapping[str, Any]], Tensor]
 
@@ -79,3 +82,15 @@ ORDER_SENSITIVE = frozenset({"conv2d", "linear", "adaptive_avg_pool2d", "mean"})
 
 POOLS = frozenset({"max_pool2d", "avg_pool2d"})
 """Operations that give the same bits in every layout, and are much faster where channels come last."""
+
+INEXACT = (
+    ORDER_SENSITIVE
+    | {"avg_pool2d", "sign_weight_conv2d", "sign_weight_linear"}
+    | {"batch_norm", "tanh", "sigmoid", "silu", "gelu", "elu"}
+)
+"""Operations that another device or runtime may round in its own way: sums of floats, transcendental functions."""
+
+
+def inexact(graph: Graph) -> list[str]:
+    """Return the layers whose results another device or runtime may round in its own way; empty where all sums are of signs."""
+    return [step.layer or step.op for step in graph.steps if step.op in INEXACT]

@@ -10,7 +10,6 @@ from typing import Any
 from llvmlite import ir
 from numba import carray, types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
 from qlab.binary.kernels.cpu_ir import (
     F32,
@@ -22,6 +21,7 @@ from qlab.binary.kernels.cpu_ir import (
     affine,
     constant,
     fetch,
+    intrinsic,
     load,
     poke,
     read,

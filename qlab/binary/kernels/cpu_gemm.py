@@ -25,7 +25,6 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba.extending import intrinsic
 
 from qlab.binary.kernels import cpu_block as B
 from qlab.binary.kernels.cpu_block import COLUMNS, INTEGERS, SIGNS
@@ -39,6 +38,7 @@ from qlab.binary.kernels.cpu_ir import (
     call,
     constant,
     fetch,
+    intrinsic,
     join,
     load,
     signature,

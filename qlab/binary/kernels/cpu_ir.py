@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils, config
 from numba.core.codegen import get_host_cpu_features
-from numba.extending import intrinsic
+from numba.extending import intrinsic as typed_intrinsic
 
 from qlab.binary.kernels.cpu_block import COLUMNS
 
@@ -31,6 +31,7 @@ __all__ = [
     "call",
     "constant",
     "fetch",
+    "intrinsic",
     "join",
     "load",
     "poke",
@@ -45,12 +46,15 @@ __all__ = [
     "words_at",
 ]
 
+intrinsic: Any = typed_intrinsic  # the first argument, a typing context, is Numba's: callers leave it out
+
 I1, I8, I16, I32, I64, F32 = (*(ir.IntType(bits) for bits in (1, 8, 16, 32, 64)), ir.FloatType())
 
 
 def wide_registers() -> bool:
     """Whether Numba compiles for 32 registers of 512 bits (AVX-512)."""
-    features = config.CPU_FEATURES
+    settings: Any = config
+    features = settings.CPU_FEATURES
     return "+avx512f" in (get_host_cpu_features() if features is None else features)
 
 
