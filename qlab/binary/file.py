@@ -35,7 +35,7 @@ __all__ = ["FORMAT", "MAX_HEADER", "VERSION", "load", "replace_file", "save"]
 
 FORMAT = "qlab.packed"
 VERSION = 1
-MAX_HEADER = 4 * 2**20  # bytes; a net of 100 layers takes about 50 thousand
+MAX_HEADER = 2**20  # bytes; resnet20 takes 26 thousand. As Python objects, JSON made to explode takes 27 times as much
 MAX_DIMS = 4
 DIGITS = 19  # of an integer: more than 64 bits are never meant
 DTYPES: dict[str, np.dtype] = {"U64": np.dtype("<u8"), "I32": np.dtype("<i4"), "F32": np.dtype("<f4")}

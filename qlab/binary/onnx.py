@@ -7,7 +7,8 @@
                  differs from once only where it falls on the middle of two float32 numbers in rounding to float64
 
 Sums of signs are exact in float32, so every runtime gives the same hidden bits and logits, save where a net sums floats (a
-float first layer, a mean): each runtime does that in an order of its own.
+float first layer, a mean): each runtime does that in an order of its own. A runtime that optimises the graph may also multiply
+batch norm into the weights, and then rounds elsewhere; the backend "onnxruntime" has that switched off.
 """
 
 from __future__ import annotations

@@ -23,12 +23,12 @@ from qlab.binary.graph import Graph, Step
 from qlab.binary.kernels.reference import WORD, output_size, words_for
 from qlab.errors import InputError
 
-__all__ = ["MAX_ELEMENTS", "MAX_STEPS", "Shape", "infer"]
+__all__ = ["MAX_ELEMENTS", "MAX_STEPS", "MAX_TERMS", "Shape", "infer"]
 
 Shape = tuple[int, ...]
 
 MAX_ELEMENTS = 2**28  # of one value of one example: 1 GiB in float32
-MAX_STEPS = 10_000
+MAX_STEPS = 2_000
 MAX_TERMS = 2**24  # of a sum of signs: up to here float32 holds every partial sum, so all backends agree
 
 

@@ -44,9 +44,10 @@ def pack(options: argparse.Namespace) -> int:
     from qlab.methods import checkpoints
 
     method = checkpoints.load(options.checkpoint)
-    data = _data(name, saved if not options.data or (saved or {}).get("name") == name else None)
+    shape = method.hparams["net"]["input_shape"]
+    data = _data(name, saved if not options.data or (saved or {}).get("name") == name else None, shape)
     net = method.deployed(None if data is None else data.calibration(method.calibration_batches))
-    x = _batch(method.hparams["net"]["input_shape"], data)
+    x = _batch(shape, data)
     packed = binary.compile(net, x[:1], options.product)
     certificate = packed.verify(x)
     packed.save(target)
@@ -59,13 +60,19 @@ def pack(options: argparse.Namespace) -> int:
     return 0 if certificate.equal else 3
 
 
-def _data(name: str | None, saved: Mapping[str, Any] | None) -> DataModule | None:
+def _data(name: str | None, saved: Mapping[str, Any] | None, shape: list[int]) -> DataModule | None:
     """Return the data set that the net was trained on, or None where nothing says which."""
     if name is None:
         return None
     from qlab import data
 
-    return data.load(name, **{key: value for key, value in (saved or {}).items() if key != "name"})
+    found = data.load(name, **{key: value for key, value in (saved or {}).items() if key != "name"})
+    if list(found.input_shape) != list(shape):
+        raise InputError(
+            f"the net takes inputs of {shape}, but {name} has {list(found.input_shape)}: choose the data set it was trained on "
+            "with --data"
+        )
+    return found
 
 
 def _batch(shape: list[int], data: DataModule | None) -> Tensor:
@@ -74,11 +81,6 @@ def _batch(shape: list[int], data: DataModule | None) -> Tensor:
 
     if data is None:
         return torch.randn(EXAMPLES, *shape, generator=torch.Generator().manual_seed(0))
-    if list(data.input_shape) != list(shape):
-        raise InputError(
-            f"the net takes inputs of {shape}, but the data set gives {list(data.input_shape)}: choose the data set it was "
-            "trained on with --data"
-        )
     return data.transform(data.split("test").x[:EXAMPLES])
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 
 from qlab.binary import file, shapes
 from qlab.binary.certificate import digest
+from qlab.binary.graph import OPS
 from qlab.binary.packed import PackedNet, compile
 from qlab.errors import InputError, PackedFileError
 from tests.strategies import Small, damaged, deployed, edited, rebuilt, taken_apart
@@ -160,6 +163,26 @@ def test_another_version_says_to_update(data: bytes) -> None:
         file._parse(rebuilt({**content, "version": 2}, tensors))
 
 
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [
+        ("examples", "3"),
+        ("outputs", {"numpy": "0" * 64}),
+        ("outputs", {"torch": 1}),
+        ("source", {"differing logits": 0}),
+        ("float_sums", {"onnxruntime": {"differing logits": 0}}),
+        ("float_sums", {"onnxruntime": 0.0}),
+        ("absent", {"cuda": None}),
+        ("more", 1),
+    ],
+)
+def test_a_certificate_that_is_none_is_refused(data: bytes, entry: str, value: object) -> None:
+    content, tensors = taken_apart(data)
+    content["certificate"][entry] = value
+    with pytest.raises(PackedFileError, match="certificate"):
+        file._parse(rebuilt(content, tensors))
+
+
 def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "net.pt"
     torch.save({"a": torch.ones(1)}, path)
@@ -225,6 +248,53 @@ def test_a_hostile_net_with_right_digests_is_refused_or_runs(data: bytes) -> Non
     assert seen["ran"] > 30, seen
 
 
+# ---- docs/bit-format.md ---------------------------------------------------------------------------------------------
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "bit-format.md").read_text(encoding="utf-8")
+
+
+def block(language: str) -> str:
+    found = re.search(rf"```{language}\n(.*?)```", DOCUMENT, re.DOTALL)
+    assert found
+    return found.group(1)
+
+
+def dump(data: bytes) -> list[str]:
+    """The lines of `xxd`."""
+    lines = []
+    for at in range(0, len(data), 16):
+        row = data[at : at + 16]
+        text = "".join(chr(byte) if 32 <= byte < 127 else "." for byte in row)
+        lines.append(f"{at:08x}: {' '.join(row[i : i + 2].hex() for i in range(0, 16, 2)):<39}  {text}")
+    return lines
+
+
+def test_the_documented_example_is_what_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qlab.provenance.versions", lambda: {"qlab": "0.1.0"})
+    exec(block("python"), {})
+    data = (tmp_path / "tiny.safetensors").read_bytes()
+    shown = block("text").splitlines()
+    gap = shown.index("...")
+    assert dump(data)[:gap] == shown[:gap]
+    assert dump(data)[-(len(shown) - gap - 1) :] == shown[gap + 1 :]
+    assert taken_apart(data)[0] == json.loads(block("json"))
+    logits = file.load("tiny.safetensors")(torch.tensor([[-0.5, 1.0, -2.0]]), "numpy")
+    assert logits.tolist() == [[3.0, -1.0]]
+
+
+@pytest.mark.parametrize("limit", [file.MAX_HEADER, shapes.MAX_STEPS, shapes.MAX_ELEMENTS, shapes.MAX_TERMS])
+def test_every_limit_is_documented(limit: int) -> None:
+    assert f"{limit:,}" in DOCUMENT
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_every_step_is_documented_with_its_tensors_and_options(name: str) -> None:
+    op = OPS[name]
+    cells = [" ".join(f"`{key}`" for key in keys) for keys in (op.tensors, op.options)]
+    assert f"| `{name}` | {cells[0]} | {cells[1]} |" in DOCUMENT
+
+
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
 
@@ -240,3 +310,15 @@ def test_reading_takes_at_most_four_times_the_file(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert path.stat().st_size > 2**20
     assert peak <= 4 * path.stat().st_size
+
+
+@pytest.mark.parametrize("element", [b"{},", b"[],", b"1,", b'"",'])
+def test_a_header_made_to_explode_takes_no_more_than_32_megabytes(element: bytes) -> None:
+    start, end = b'{"a":[', b"0]}"
+    body = start + element * ((file.MAX_HEADER - len(start + end)) // len(element)) + end
+    tracemalloc.start()
+    with pytest.raises(PackedFileError):
+        file._parse(len(body).to_bytes(8, "little") + body)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= 32 * 2**20

@@ -56,7 +56,6 @@ def signs() -> PackedNet:
 def bits_of(graph: Graph, backend: Any, x: Tensor) -> dict[str, Tensor]:
     """The hidden bits of a batch, as +-1; a flattened picture's are those before it."""
     found: dict[str, Tensor] = {}
-    kinds = {name: "float" for name in ["input"]}
 
     def note(step: Step, results: tuple[Any, ...]) -> None:
         bits = (
@@ -64,7 +63,6 @@ def bits_of(graph: Graph, backend: Any, x: Tensor) -> dict[str, Tensor]:
         )
         for name, value, kind in zip(step.outputs, results, bits, strict=False):
             if kind == "bits" and step.op in ("pack", "binary_conv2d", "binary_linear", "max_pool_bits"):
-                kinds[name] = "bits"
                 found[name] = value.clone()
 
     backend(graph).run(x, note)
@@ -142,14 +140,21 @@ def test_float_layers_differ_in_rounding_and_decide_the_same(model: str, shape: 
     x = batch(shape)
     packed = compile(deployed(model, shape, **options), x[:2])
     certificate = packed.verify(x, ["torch", "onnxruntime"])
+    logits, others = packed(x, "torch"), packed(x, "onnxruntime")
+    differing = others.argmax(1) != logits.argmax(1)
     assert list(certificate.outputs) == ["torch"]
-    found = certificate.float_sums["onnxruntime"]
-    logits = packed(x, "torch")
-    assert found["largest difference"] <= 64 * torch.finfo(torch.float32).eps * float(logits.abs().max())
-    assert found["differing decisions"] == 0
+    assert certificate.float_sums["onnxruntime"] == {
+        "differing logits": int((others != logits).sum()),
+        "largest difference": float((others - logits).abs().max()),
+        "differing decisions": int(differing.sum()),
+    }
     assert "onnxruntime sums floats in its own order" in certificate.summary()
     mine, theirs = bits_of(packed.graph, Simulation, x), bits_of(packed.graph, OnnxRuntime, x)
-    assert sum(int((theirs[name] != bits).sum()) for name, bits in mine.items()) == 0
+    same = torch.stack([(theirs[name] == bits).flatten(1).all(1) for name, bits in mine.items()]).all(0)
+    assert int(same.sum()) >= len(x) - 1  # a sum within rounding of zero may fall on the other side, rarely
+    rounding = 64 * torch.finfo(torch.float32).eps * float(logits.abs().max())
+    assert float((others - logits)[same].abs().max()) <= rounding
+    assert not differing[same].any()
 
 
 # ---- every operation ------------------------------------------------------------------------------------------------
@@ -175,7 +180,9 @@ ALONE: dict[str, Graph] = {
     "conv2d": alone("conv2d", IMAGE, WINDOW, weight=some(4, 2, 3, 2), bias=some(4)),
     "linear": alone("linear", (7,), {}, weight=some(3, 7), bias=some(3)),
     "linear of the last dimension": alone("linear", (2, 7), {}, weight=some(3, 7)),
-    "sign_weight_conv2d": alone("sign_weight_conv2d", IMAGE, {**WINDOW, "channels": 4}, scale=some(4), **WORDS),
+    "sign_weight_conv2d": alone(
+        "sign_weight_conv2d", IMAGE, {**WINDOW, "channels": 4}, scale=some(4), weight=WORDS["weight"]
+    ),
     "sign_weight_linear": alone(
         "sign_weight_linear", (2,), {"features": 2, "product": "sums"}, scale=some(4), bias=some(4), weight=WORDS["weight"][:, 0, 0]
     ),
@@ -256,8 +263,8 @@ def test_an_exported_file_takes_batches_of_any_size(signs: PackedNet, tmp_path: 
     )  # optimised, as a user runs it
     for count in (1, 7):
         x = batch((3, 11, 11), count)
-        found = session.run(["output"], {"input": x.numpy()})[0]
-        assert torch.equal(torch.from_numpy(found), signs(x, "torch"))
+        found = torch.from_numpy(session.run(["output"], {"input": x.numpy()})[0])
+        torch.testing.assert_close(found, signs(x, "torch"), rtol=1e-6, atol=1e-6)  # batch norm may go into the weights
 
 
 def test_a_deployed_net_is_compiled_on_the_way(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from qlab.binary.backends import Simulation
 from qlab.binary.graph import OPS, Graph, Step
 from qlab.binary.lower import lower
-from qlab.binary.shapes import BIT_RULES, MAX_ELEMENTS, infer
+from qlab.binary.shapes import BIT_RULES, MAX_ELEMENTS, MAX_STEPS, MAX_TERMS, infer
 from qlab.errors import InputError
 from tests.strategies import Small, deployed
 
@@ -157,7 +157,7 @@ def test_scales_of_sign_weights_are_one_for_each_output(name: str) -> None:
 def _single(op: str, example: tuple[int, ...], tensors: Tensors, inputs: int = 1, **options: Any) -> Graph:
     """A graph of one step on floats."""
     step = Step(op, ("input",) * inputs, ("y",), "layer", {role: role for role in tensors}, options)
-    return Graph(example, (step,), tensors, "y")
+    return Graph(example, (step,), tensors, "y" if op != "pack" else "input")
 
 
 WINDOW: dict[str, Any] = {"stride": [1, 1], "padding": [0, 0], "dilation": [1, 1], "groups": 1}
@@ -193,6 +193,31 @@ STEPS: dict[str, tuple[Graph, str]] = {
     "a backward slice": (_single("slice", (3,), {}, slices=[[None] * 3, [None, None, -1]]), "step must be"),
     "a joined batch": (_single("cat", (3,), {}, inputs=2, dim=0), "other than the first"),
     "an output beyond memory": (_single("pad", (3,), {}, pads=[0, 2**30], value=0.0), f"at most {MAX_ELEMENTS:,}"),
+    "sign_weight_linear of few words": (
+        _single("sign_weight_linear", (65,), {"weight": words(4, 1)}, features=65, product="sums"),
+        "weight has shape (4, 1); expected (4, 2)",
+    ),
+    "sign_weight_linear's features": (
+        _single("sign_weight_linear", (65,), {"weight": words(4, 2)}, features=66, product="sums"),
+        "features is 66; expected 65",
+    ),
+    "sign_weight_linear's scale": (
+        _single("sign_weight_linear", (65,), {"weight": words(4, 2), "scale": floats(3)}, features=65, product="sums"),
+        "scale has shape (3,); expected (4,)",
+    ),
+    "sign_weight_linear's product": (
+        _single("sign_weight_linear", (65,), {"weight": words(4, 2)}, features=65, product="best"),
+        "product is 'best'; expected 'unpack' or 'sums'",
+    ),
+    "sums of pictures": (
+        _single("sign_weight_linear", (2, 65), {"weight": words(4, 2)}, features=65, product="sums"),
+        "2 dimensions",
+    ),
+    "pack's alpha": (
+        _single("pack", (3,), {"alpha": floats(3), "beta": floats(2)}, fused=False),
+        "beta has shape (2,); expected (3,)",
+    ),
+    "pack of sequences": (_single("pack", (3, 4), {}, fused=False), "(N, D) or (N, C, H, W), but it has (1, 3, 4)"),
     "gelu": (_single("gelu", (3,), {}, approximate="some"), "approximate"),
 }
 
@@ -257,6 +282,54 @@ def test_a_residual_has_the_shape_of_the_sum() -> None:
         else:
             with pytest.raises(InputError, match=message):
                 graph.check()
+
+
+def _packed(op: str, tensors: Tensors, **options: Any) -> Graph:
+    """A graph of a step on the bits of a (66, 4, 4) picture."""
+    steps = (
+        Step("pack", ("input",), ("x",), options={"fused": False}),
+        Step(op, ("x",), ("y",), "layer", {role: role for role in tensors}, options),
+        Step("unpack", ("y",), ("z",), options={"channels": 66}),
+    )
+    return Graph((66, 4, 4), steps if op != "unpack" else steps[:2], tensors, "z" if op != "unpack" else "y")
+
+
+def test_a_pooling_of_bits_that_does_not_fit_is_refused() -> None:
+    pool = {"kernel": [2, 2], "stride": [2, 2], "padding": [1, 1]}
+    assert infer(_packed("max_pool_bits", {"flip": words(2)}, **pool).check())["y"] == (1, 66, 3, 3)
+    with pytest.raises(InputError, match="half of the kernel"):  # a window of nothing but padding has no maximum
+        _packed("max_pool_bits", {}, **{**pool, "padding": [2, 1]}).check()
+    with pytest.raises(InputError, match=r"flip has shape \(1,\); expected \(2,\)"):
+        _packed("max_pool_bits", {"flip": words(1)}, **pool).check()
+
+
+def test_unpacking_asks_for_the_channels_that_were_packed() -> None:
+    assert infer(_packed("unpack", {}, channels=66).check())["y"] == (1, 66, 4, 4)
+    with pytest.raises(InputError, match="channels is 128; expected 66"):
+        _packed("unpack", {}, channels=128).check()
+
+
+def test_values_of_different_dimensions_are_not_added() -> None:
+    """(N, 2) would broadcast against (N, 2, 3, 2) for one example, and not for two."""
+    steps = (
+        Step("mean", ("input",), ("m",), options={"dims": [2, 3], "keepdim": False}),
+        Step("add", ("input", "m"), ("y",), "layer"),
+    )
+    with pytest.raises(InputError, match="shapes that broadcast"):
+        Graph((2, 3, 2), steps, {}, "y").check()
+
+
+def test_a_sum_of_signs_stays_exact_in_float32() -> None:
+    with pytest.raises(InputError, match="sums 16,777,216 signs"):
+        _linear((MAX_TERMS,), MAX_TERMS, words(1, MAX_TERMS // 64), flatten=False).check()
+
+
+def test_there_is_an_end_of_steps() -> None:
+    steps = [Step("relu", ("input",), ("v0",))]
+    steps += [Step("relu", (f"v{i}",), (f"v{i + 1}",)) for i in range(MAX_STEPS)]
+    Graph((2,), tuple(steps[:-1]), {}, steps[-2].outputs[0]).check()
+    with pytest.raises(InputError, match="2,001 steps; expected at most 2,000"):
+        Graph((2,), tuple(steps), {}, steps[-1].outputs[0]).check()
 
 
 def test_bits_beside_floats_need_batch_norm() -> None:

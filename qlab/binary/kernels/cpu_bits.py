@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import carray, types
+from numba import types
 from numba.core import cgutils
 
 from qlab.binary.kernels.cpu_ir import (
@@ -19,7 +19,9 @@ from qlab.binary.kernels.cpu_ir import (
     I64,
     Columns,
     affine,
+    clear,
     constant,
+    copy,
     fetch,
     intrinsic,
     load,
@@ -31,7 +33,6 @@ from qlab.binary.kernels.cpu_ir import (
     store,
     take,
     vector,
-    words_at,
 )
 
 LANES = 16
@@ -238,39 +239,58 @@ def digits(block: int) -> None:
                     place += 8 * rows * words
 
 
+@intrinsic
+def join_pixels(_context: Any, target: Any, source: Any, count: Any, taps: Any, step: Any, channels: Any) -> Any:
+    """Word x of the target: the channels of pixels x, x + step, ..., `taps` of them; eight words at a time, from the left.
+
+    That order allows source and target to be the same: what a word reads stands at or after it.
+    """
+
+    def emit(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> ir.Value:
+        target, source, count, taps, step, channels = arguments
+        kind = vector(I64, 8)
+        joined = cgutils.alloca_once(builder, kind)
+        with cgutils.for_range_slice(builder, constant(0), count, constant(8), I64) as (first, _):
+            builder.store(constant(0, kind), joined)
+            with cgutils.for_range(builder, taps) as loop:
+                pixel = builder.add(first, builder.mul(loop.index, step))
+                words = load(builder, builder.add(source, builder.mul(pixel, constant(8))), kind)
+                shift = splat(builder, builder.mul(loop.index, channels), 8)
+                builder.store(builder.or_(builder.load(joined), builder.shl(words, shift)), joined)
+            place = builder.add(target, builder.mul(first, constant(8)))
+            store(builder, builder.load(joined), place, align=8)
+        return context.get_dummy_value()
+
+    return signature(6), emit
+
+
 def border(block: int) -> None:
     """Images with a border of zeros, and neighbours joined.
 
-    Words: 1 x, 2-4 images, H, W, 5 words of a pixel, 6-7 rows above, columns at the left, 8 out, 9-10 OH, OW with the border, 11
-    taps joined (1: plain copy), 12 taps in a second word, 13 channels, 14 distance of taps.
+    Words: 1 x, 2 images, 3 rows of one, 4 words of its row; 5 rows above, 6 words at the left; 7 out, 8-9 rows and words with the
+    border, 10 bytes of a line; 11 taps joined (1: none), 12 taps joined in a second word, 13 their distance, 14 channels,
+    15 bytes to the second words; 16 rows of a chunk.
     """
-    images, height, width, words = fetch(block, 2), fetch(block, 3), fetch(block, 4), fetch(block, 5)
-    top, left, rows, columns = fetch(block, 6), fetch(block, 7), fetch(block, 9), fetch(block, 10)
-    joined, second, channels, step = fetch(block, 11), fetch(block, 12), fetch(block, 13), fetch(block, 14)
-    source = carray(words_at(fetch(block, 1)), (images * height, width * words))
-    each = words if joined == 1 else 1 + (second > 0)
-    target = carray(words_at(fetch(block, 8)), (images * rows, columns * each))
+    x, images, height, width = fetch(block, 1), fetch(block, 2), fetch(block, 3), fetch(block, 4)
+    top, left, out, rows, words = fetch(block, 5), fetch(block, 6), fetch(block, 7), fetch(block, 8), fetch(block, 9)
+    size, joined, second, step = fetch(block, 10), fetch(block, 11), fetch(block, 12), fetch(block, 13)
+    channels, lane, run = fetch(block, 14), fetch(block, 15), fetch(block, 16)
     while True:
-        row = take(block)
-        if row >= images * rows:
+        first = take(block) * run
+        if first >= images * rows:
             break
-        line, inside = target[row], row % rows - top
-        line[:] = 0
-        if inside < 0 or inside >= height:
-            continue
-        pixels = source[row // rows * height + inside]
-        if joined == 1:
-            line[left * words : (left + width) * words] = pixels
-            continue
-        for word in range(each):
-            for tap in range(second if word else joined):
-                shift, gap = tap * channels, tap * step - left
-                if each == 1:
-                    for at in range(max(0, -gap), min(columns, width - gap)):
-                        line[at] |= pixels[at + gap] << shift
-                else:
-                    for at in range(max(0, -gap), min(columns, width - gap)):
-                        line[2 * at + word] |= pixels[at + gap] << shift
+        for row in range(first, min(first + run, images * rows)):
+            line, inside = out + row * size, row % rows - top
+            if inside < 0 or inside >= height:
+                clear(line, size // 8)
+                continue
+            clear(line, left)
+            copy(line + 8 * left, x + 8 * width * (row // rows * height + inside), width)
+            clear(line + 8 * (left + width), words - left - width)
+            if second > 0:
+                join_pixels(line + lane, line, lane // 8, second, step, channels)
+            if joined > 1:
+                join_pixels(line, line, lane // 8, joined, step, channels)
 
 
 def _signed_sums(rows: int) -> Any:

@@ -180,23 +180,39 @@ def max_pool2d(x: Words, kernel: Pair, stride: Pair, padding: Pair = (0, 0), out
 
 
 def with_border(x: Words, padding: Pair, panels: Panels, step: int) -> Words:
-    """Return words (..., H, W, words) with a border of zero words, and with neighbours joined if the panels want that.
+    """Return the memory of x (..., H, W, words) with a border of zero words, its rows as `panels.line` says.
 
     Args:
         x: words.
         padding: pixels above and below, left and right.
-        panels: `joined` pixels, `step` apart, share word 0, and `second` pixels word 1.
+        panels: `joined` pixels, `step` apart, share a word, and `second` pixels another one.
         step: dilation of the kernel's columns.
     """
-    *outer, height, width, words = x.shape
-    size = (height + 2 * padding[0], width + 2 * padding[1])
-    out = np.empty((*outer, *size, words if panels.joined == 1 else 1 + (panels.second > 0)), np.uint64)
-    if out.size:
-        images = prod(outer)
-        join = (panels.joined, panels.second, panels.channels, step)
-        block = new_block((0, address(x), images, height, width, words, *padding, address(out), *size, *join))
-        launch("border", block, images * size[0], out.size * panels.joined * WORD / 2)
+    key = ("border", x.shape, padding, step)
+    plan = panels.plans.get(key)
+    if plan is None:
+        plan = panels.plans[key] = _border_plan(x.shape, padding, panels, step)
+    template, size, chunks, seconds = plan
+    out = np.empty(size, np.uint64)
+    if chunks:
+        block = type(template).from_buffer_copy(template)
+        block[1], block[7] = address(x), address(out)
+        launch("border", block, chunks, seconds)
     return out
+
+
+def _border_plan(shape: tuple[int, ...], padding: Pair, panels: Panels, step: int) -> tuple[Any, int, int, float]:
+    """Return the block without its addresses, the words of the result, the chunks, and the seconds one thread takes."""
+    *outer, height, width, words = shape
+    images, rows, columns = prod(outer), height + 2 * padding[0], width + 2 * padding[1]
+    line = panels.line(columns, words)
+    slack = panels.joined * step + 8 if panels.joined > 1 else 0  # the last pixels' neighbours are read, never used
+    size = images * rows * line.size // 8 + slack
+    before = (images, height, width * words, padding[0], padding[1] * words)
+    join = (panels.joined, panels.second, step, panels.channels, line.word)
+    run = max(1, 1024 // columns)
+    block = new_block((0, 0, *before, 0, rows, columns * words, line.size, *join, run))
+    return block, size, -(-images * rows // run), size * panels.joined * NUMBER
 
 
 def bitplane_input(x: np.ndarray, out: Words | None = None) -> Words:

@@ -29,7 +29,9 @@ __all__ = [
     "Columns",
     "affine",
     "call",
+    "clear",
     "constant",
+    "copy",
     "fetch",
     "intrinsic",
     "join",
@@ -43,7 +45,6 @@ __all__ = [
     "take",
     "vector",
     "wide_registers",
-    "words_at",
 ]
 
 intrinsic: Any = typed_intrinsic  # the first argument, a typing context, is Numba's: callers leave it out
@@ -184,13 +185,26 @@ def fetch(_context: Any, block: Any, index: Any) -> Any:
 
 
 @intrinsic
-def words_at(_context: Any, address: Any) -> Any:
-    """words_at(address): a pointer to int64, of which `numba.carray` makes an array."""
+def copy(_context: Any, target: Any, source: Any, words: Any) -> Any:
+    """copy(target, source, words): of memory that does not overlap."""
 
-    def emit(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> ir.Value:
-        return _pointer(builder, arguments[0], I64)
+    def emit(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> ir.Value:
+        target, source = (_pointer(builder, place, I8) for place in arguments[:2])
+        cgutils.raw_memcpy(builder, target, source, arguments[2], 8, align=8)
+        return context.get_dummy_value()
 
-    return types.CPointer(types.int64)(types.int64), emit
+    return signature(3), emit
+
+
+@intrinsic
+def clear(_context: Any, target: Any, words: Any) -> Any:
+    """clear(target, words): set them to 0."""
+
+    def emit(context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> ir.Value:
+        cgutils.memset(builder, _pointer(builder, arguments[0], I8), builder.mul(arguments[1], constant(8)), 0)
+        return context.get_dummy_value()
+
+    return signature(2), emit
 
 
 @intrinsic

@@ -29,8 +29,9 @@ log = logging.getLogger("qlab")
 SLOW = 2.0  # seconds of compilation that are worth a line
 WAKING, WAKING_PYTHON = 4e-6, 2e-4  # seconds until another thread of OpenMP, of Python has begun
 # On a busy machine a thread that slept may be woken a time slice late, and all wait for it. After a short kernel was that late,
-# short kernels run on the calling thread alone for a while.
-LATE, ALONE = 1e-3, 0.1
+# short kernels run on the calling thread alone for a while, twice as long each time that the next one is late again.
+LATE = 1e-3
+ALONE, ALONE_LONGEST = 5e-3, 0.5
 
 KERNELS = {
     "gemm": "cpu_gemm",
@@ -57,7 +58,7 @@ _lock = threading.RLock()
 _kernels: dict[str, _Kernel] = {}
 _seconds = 0.0
 _forked = False
-_alone_until = 0.0
+_alone, _alone_until = ALONE, 0.0
 
 
 def _after_fork() -> None:
@@ -123,7 +124,7 @@ def launch(name: str, block: Any, chunks: int, seconds: float) -> None:
         chunks: of work; more threads than that would idle.
         seconds: that one thread takes, roughly.
     """
-    global _alone_until
+    global _alone, _alone_until
     kernel = _kernels.get(name) or compile_kernel(name)
     fork = _openmp()
     threads = 1 if _forked else min(torch.get_num_threads(), chunks)
@@ -140,7 +141,9 @@ def launch(name: str, block: Any, chunks: int, seconds: float) -> None:
             other.result()
     end = time.perf_counter()
     if seconds < LATE < end - start:
-        _alone_until = end + ALONE
+        _alone, _alone_until = min(2 * _alone, ALONE_LONGEST), end + _alone
+    else:
+        _alone = ALONE
 
 
 def address(array: Any) -> int:

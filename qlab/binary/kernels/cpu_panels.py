@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,15 @@ from qlab.binary.kernels.cpu_block import COLUMNS
 from qlab.binary.kernels.reference import Pair, Words
 from qlab.errors import InputError
 
-__all__ = ["Panels", "as_words", "prepack", "prepack_conv"]
+__all__ = ["Line", "Panels", "as_words", "prepack", "prepack_conv"]
+
+
+class Line(NamedTuple):
+    """How the words of an image's row lie: bytes from pixel to pixel, from a pixel's word to its next, from row to row."""
+
+    pixel: int
+    word: int
+    size: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +57,13 @@ class Panels:
     def per_group(self) -> int:
         """Panels of one group."""
         return self.array.shape[1]
+
+    def line(self, width: int, words: int) -> Line:
+        """Return the layout of rows of `width` pixels of `words` words; joined pixels stand in lanes of whole vectors."""
+        if self.joined == 1:
+            return Line(8 * words, 8, 8 * words * width)
+        lane = -(-width // 8) * 64
+        return Line(8, lane, lane * (1 + (self.second > 0)))
 
 
 def as_words(x: Any, dimensions: int, what: str) -> Words:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from qlab.binary.kernels import cpu_block
 from qlab.binary.kernels.cpu_block import COLUMNS, FLOATS, INTEGERS, SIGNS
 from qlab.binary.kernels.cpu_launch import address, launch, new_block
-from qlab.binary.kernels.cpu_panels import Panels
+from qlab.binary.kernels.cpu_panels import Line, Panels
 from qlab.binary.kernels.reference import Floats, Ints, Pair, Words, output_size, words_for
 from qlab.errors import InputError
 
@@ -37,7 +37,6 @@ class _Geometry:
         taps: int64 (words,), bytes from there to word k.
         classes: int64 (pixels,), which of `outside` a pixel has.
         outside: bool (classes, taps): which taps lie outside the image.
-        padded: height and width of the image with its border.
         size: (OH, OW).
     """
 
@@ -45,15 +44,14 @@ class _Geometry:
     taps: NDArray[np.int64]
     classes: NDArray[np.int64]
     outside: NDArray[np.bool_]
-    padded: Pair
     size: Pair
 
 
 @lru_cache(maxsize=256)
 def _geometry(
-    image: Pair, words: int, reads: tuple[Pair, ...], kernel: Pair, stride: Pair, padding: Pair, dilation: Pair
+    image: Pair, line: Line, reads: tuple[Pair, ...], kernel: Pair, stride: Pair, padding: Pair, dilation: Pair
 ) -> _Geometry:
-    """Return the tables of a convolution over images of `words` words a pixel.
+    """Return the tables of a convolution over images whose rows, border included, lie as `line` says.
 
     A row of the kernel reads `reads`: pairs of a column of the kernel and a word of the pixel there.
     """
@@ -62,13 +60,11 @@ def _geometry(
         raise InputError(
             f"a window of {kernel} with dilation {dilation} does not fit an image of {image}, padded by {padding}"
         )
-    padded = tuple(image[i] + 2 * padding[i] for i in (0, 1))
-    pixel = 8 * words
     starts = [np.arange(size[i]) * stride[i] for i in (0, 1)]
     steps = [np.arange(kernel[i]) * dilation[i] for i in (0, 1)]
-    places = (starts[0][:, None] * padded[1] + starts[1]) * pixel
+    places = starts[0][:, None] * line.size + starts[1] * line.pixel
     columns_read, words_read = np.array(reads).T
-    taps = (steps[0][:, None] * padded[1] + columns_read * dilation[1]) * pixel + 8 * words_read
+    taps = steps[0][:, None] * line.size + columns_read * dilation[1] * line.pixel + words_read * line.word
     missing = []
     for i in (0, 1):
         at = starts[i][:, None] + steps[i] - padding[i]
@@ -81,7 +77,6 @@ def _geometry(
         taps.astype(np.int64).ravel(),
         classes.astype(np.int64).ravel(),
         outside.reshape(len(rows) * len(columns), -1),
-        (padded[0], padded[1]),
         (size[0], size[1]),
     )
 
@@ -231,7 +226,7 @@ def _rows(count: int, words: int) -> _Geometry:
     """Return the tables of a matrix: rows one after the other."""
     zeros = np.zeros(count, np.int64)
     starts, taps = np.arange(count, dtype=np.int64) * (8 * words), np.arange(words, dtype=np.int64) * 8
-    return _Geometry(starts, taps, zeros, np.zeros((1, 1), bool), (1, count), (1, count))
+    return _Geometry(starts, taps, zeros, np.zeros((1, 1), bool), (1, count))
 
 
 def matmul_plan(panels: Panels, rows: int, k: int | None, planes: int = 1) -> Plan:
@@ -291,11 +286,10 @@ def conv_plan(
         assert panels.kernel is not None
         n, height, width, words = shape
         each = words // panels.groups
-        if panels.joined > 1:
-            words = each = 1 + (panels.second > 0)
-        geometry = _geometry((height, width), words, _reads(panels, each), panels.kernel, stride, padding, dilation)
+        line = panels.line(width + 2 * padding[1], words)
+        geometry = _geometry((height, width), line, _reads(panels, each), panels.kernel, stride, padding, dilation)
         outside = geometry.outside if pad == "zero" else np.zeros_like(geometry.outside)
-        image = geometry.padded[0] * geometry.padded[1] * words * 8
+        image = (height + 2 * padding[0]) * line.size
         panels.plans[key] = Plan(
             panels,
             geometry,
