@@ -92,7 +92,7 @@ def limit_kernel() -> Callable[[int], int]:
 
     @numba.njit(types.int64(types.int64), nogil=True)
     def run(steps: int) -> int:
-        return popcounts(steps)
+        return popcounts(steps)  # type: ignore[call-arg]
 
     return run
 
@@ -183,10 +183,10 @@ def convolutions(most: float) -> Iterator[Comparison]:
             x: np.ndarray = x,
             panels: Any = panels,
             channels: int = channels,
-            own: Any = (threshold, flip),
+            own: tuple[Any, Any] = (threshold, flip),
             out: np.ndarray = out,
         ) -> float:
-            return repeated(lambda: cpu.conv2d_threshold(x, panels, channels, *own, (1, 1), (1, 1), out=out), 20)
+            return repeated(lambda: cpu.conv2d_threshold(x, panels, channels, *own, padding=(1, 1), out=out), 20)
 
         peer, layout = faster_layout(
             nn.Conv2d(channels, channels, 3, padding=1, bias=False), torch.randn(1, channels, side, side)
@@ -242,7 +242,7 @@ class Session:
         import onnxruntime as ort
 
         plain, path = folder / "float.onnx", folder / ("int8.onnx" if int8 else "float.onnx")
-        qlab.binary.export_onnx(qlab.binary.compile(net, x), plain)
+        qlab.binary.export_onnx(net, x, plain)
         if int8:
             self._quantize(plain, path, x)
         options = ort.SessionOptions()
@@ -325,7 +325,7 @@ def sign_weights() -> Iterator[Comparison]:
         x = torch.randn(batch, 784)
         net = qlab.harden(qlab.quantize(qlab.build("mlp", (784,), 10, hidden=(4096, 4096, 4096), seed=0), Sign))
         for product in ("unpack", "sums"):
-            packed = qlab.binary.compile(net, x, product=product)  # type: ignore[arg-type]
+            packed = qlab.binary.compile(net, x, product=product)
 
             def floats() -> object:
                 with torch.inference_mode():

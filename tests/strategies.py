@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import qlab
 from qlab.binary import file
 
-__all__ = ["Content", "Small", "damaged", "deployed", "edited", "randomise", "rebuilt", "taken_apart"]
+__all__ = ["Content", "Small", "damaged", "deployed", "edited", "randomise", "rebuilt", "replaced", "taken_apart"]
 
 Content = tuple[dict[str, Any], dict[str, np.ndarray]]  # the net's description, its tensors
 
@@ -93,8 +93,14 @@ def damaged(draw: st.DrawFn, data: bytes) -> bytes:
     if kind == "length":
         length = draw(st.one_of(st.integers(0, 2 * len(data)), st.integers(0, 2**64 - 1)))
         return length.to_bytes(8, "little") + data[8:]
-    old, new = draw(st.sampled_from(REPLACED))
-    return data.replace(old, new)
+    return replaced(data, *draw(st.sampled_from(REPLACED)))
+
+
+def replaced(data: bytes, old: bytes, new: bytes) -> bytes:
+    """Return a file whose header has other text in one place, and says its new length."""
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].replace(old, new, 1)
+    return len(header).to_bytes(8, "little") + header + data[8 + length :]
 
 
 REPLACED = [

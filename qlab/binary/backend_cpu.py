@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qlab.binary.backends import Observe, Words
 from qlab.binary.graph import Graph, Step
+from qlab.binary.images import grouped_weight
 from qlab.binary.kernels import cpu
 from qlab.binary.shapes import Shape, infer
 
@@ -119,6 +120,10 @@ class Numba(Words):
             y = super().run(x, observe)
             return y.clone()  # the next batch writes into the same buffers
 
+    def image_weight(self, step: Step) -> Any:
+        """Return the weights of a layer on bit planes as panels."""
+        return self.panels[step.outputs[0]]
+
     def pack(self, step: Step, x: Tensor) -> np.ndarray:
         """Return the words of the signs of x, or of its batch norm, channels last."""
         out = self.out[step.outputs[0]]
@@ -132,30 +137,37 @@ class Numba(Words):
 
     def binary_conv2d(self, step: Step, x: np.ndarray, *residual: Tensor) -> Any:
         """Return a convolution of packed signs, with what follows it."""
-        o = step.options
-        window = (tuple(o["stride"]), tuple(o["padding"]), tuple(o["dilation"]), o["groups"], o["pad"])
-        panels, out = self.panels[step.outputs[0]], self.out[step.outputs[0]]
+        o, panels, out = step.options, self.panels[step.outputs[0]], self.out[step.outputs[0]]
+        pairs = (tuple(o[name]) for name in ("stride", "padding", "dilation"))
+        window: dict[str, Any] = dict(zip(("stride", "padding", "dilation"), pairs, strict=True))
+        window |= {"groups": o["groups"], "pad": o["pad"]}
         if "threshold" in step.tensors:
-            own = self.words(step, "threshold"), self.words(step, "flip")
-            return cpu.conv2d_threshold(x, panels, o["channels"], *own, *window, out=out)
+            threshold, flip = self.words(step, "threshold"), self.words(step, "flip")
+            return cpu.conv2d_threshold(x, panels, o["channels"], threshold, flip, **window, out=out)
         if "alpha" not in step.tensors:
-            z = cpu.binary_conv2d(x, panels, o["channels"], *window)
-            return torch.from_numpy(z).float().movedim(-1, 1)
-        own = self.words(step, "alpha"), self.words(step, "beta"), o["fused"]
-        rest = {"residual": _channels_last(residual[0]) if residual else None, "also_pack": len(step.outputs) == 2}
-        return _given(cpu.conv2d_affine(x, panels, o["channels"], *own, *window, **rest, out=out))
+            return torch.from_numpy(cpu.binary_conv2d(x, panels, o["channels"], **window)).float().movedim(-1, 1)
+        rest = self._floats_after(step, residual) | window
+        return _given(cpu.conv2d_affine(x, panels, o["channels"], **rest, out=out))
 
     def binary_linear(self, step: Step, x: np.ndarray, *residual: Tensor) -> Any:
         """Return a product of packed signs, with what follows it."""
         panels, out, k = self.panels[step.outputs[0]], self.out[step.outputs[0]], step.options["features"]
         if "threshold" in step.tensors:
-            own = self.words(step, "threshold"), self.words(step, "flip")
-            return cpu.matmul_threshold(x, panels, k, *own, out=out)
+            threshold, flip = self.words(step, "threshold"), self.words(step, "flip")
+            return cpu.matmul_threshold(x, panels, k, threshold, flip, out=out)
         if "alpha" not in step.tensors:
             return torch.from_numpy(cpu.binary_matmul(x, panels, k)).float()
-        own = self.words(step, "alpha"), self.words(step, "beta"), step.options["fused"]
-        rest = {"residual": _channels_last(residual[0]) if residual else None, "also_pack": len(step.outputs) == 2}
-        return _given(cpu.matmul_affine(x, panels, k, *own, **rest, out=out))
+        return _given(cpu.matmul_affine(x, panels, k, **self._floats_after(step, residual), out=out))
+
+    def _floats_after(self, step: Step, residual: tuple[Tensor, ...]) -> dict[str, Any]:
+        """Return what a kernel needs to go on to floats: batch norm, shortcut, and whether their signs are packed too."""
+        return {
+            "alpha": self.words(step, "alpha"),
+            "beta": self.words(step, "beta"),
+            "fused": step.options["fused"],
+            "residual": _channels_last(residual[0]) if residual else None,
+            "also_pack": len(step.outputs) == 2,
+        }
 
     def max_pool_bits(self, step: Step, x: np.ndarray) -> np.ndarray:
         """Return the packed maximum, negated in flipped channels."""
@@ -168,6 +180,8 @@ class Numba(Words):
 def _panels(step: Step, graph: Graph) -> Any:
     """Return a step's weights as its kernel wants them."""
     words = graph.tensors[step.tensors["weight"]]
+    if step.op in ("image_conv2d", "image_linear"):
+        return cpu.prepack_conv(grouped_weight(words), words.shape[1])
     if step.op == "binary_conv2d":
         return cpu.prepack_conv(words, step.options["groups"])
     if step.op == "binary_linear":

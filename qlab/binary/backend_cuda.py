@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from qlab.binary.backends import Backend
+from qlab.binary.bits import WORD
 from qlab.binary.graph import Graph, Step
 
 __all__ = ["Cuda"]
@@ -47,6 +48,17 @@ class Cuda(Backend):
             return self.kernels.pack(_last(x))
         own = self.tensor(step, "alpha"), self.tensor(step, "beta"), step.options["fused"]
         return self.kernels.affine_pack(_last(x), *own)
+
+    def digit_sums(self, step: Step, pixels: Tensor) -> Tensor:
+        """Return the sums as a convolution of bit planes with a group per channel."""
+        words = self.tensor(step, "weight")
+        o, channels, w = words.shape
+        planes = self.kernels.bitplane_input(pixels.flatten(0, -3).contiguous())  # (8, M, C, W)
+        planes = planes.reshape(*planes.shape[:2], 1, 1, -1)
+        weight = words.transpose(0, 1).contiguous().view(channels * o, 1, 1, w)
+        one = ((1, 1), (0, 0), (1, 1))
+        z = self.kernels.digits_conv2d(planes, weight, channels * w * WORD, *one, channels)
+        return z.view(*pixels.shape[:-1], -1)
 
     def unpack(self, step: Step, x: Tensor) -> Tensor:
         """Return the signs as floats (N, C, ...)."""

@@ -55,7 +55,7 @@ class OnnxRuntime(Backend):
 
 def _session(graph: Graph, watched: Sequence[str] = ()) -> Any:
     try:
-        import onnxruntime  # type: ignore[import-untyped]
+        import onnxruntime
     except ImportError as error:
         raise QlabError("this backend needs onnxruntime, which is not installed: pip install 'qlab[onnx]'") from error
     options = onnxruntime.SessionOptions()

@@ -22,6 +22,7 @@ from torch import Tensor
 from qlab.binary.bits import unpack, words_to_array
 from qlab.binary.floats import FLOAT_OPS, ORDER_SENSITIVE, POOLS
 from qlab.binary.graph import Graph, Step
+from qlab.binary.images import combine, grouped_weight, taps
 from qlab.binary.kernels import reference
 from qlab.binary.ops import signed_sum_matmul
 from qlab.errors import InputError
@@ -42,7 +43,9 @@ class Backend:
     """
 
     name: ClassVar[str]
-    promised: bool = True  # the bits of the simulation; a runtime that sums floats in an order of its own cannot promise them
+    promised: bool = (
+        True  # the bits of the simulation; a runtime that sums floats in an order of its own cannot promise them
+    )
 
     def __init__(self, graph: Graph, device: str = "cpu") -> None:
         self.graph = graph
@@ -127,6 +130,38 @@ class Backend:
         scale, bias = self.optional(step, "scale"), self.optional(step, "bias")
         y = y if scale is None else y * scale
         return y if bias is None else y + bias
+
+    # ---- raw images -------------------------------------------------------------------------------------------------
+
+    def normalise(self, step: Step, u: Tensor) -> Tensor:
+        """Return the image as the net was trained on it."""
+        shape = (-1, *(1 for _ in u.shape[2:]))
+        mean, std = self.tensor(step, "mean"), self.tensor(step, "std")
+        return u.to(torch.float32).div_(255).sub_(mean.view(shape)).div_(std.view(shape))
+
+    def image_conv2d(self, step: Step, u: Tensor) -> Tensor:
+        """Return a convolution of the normalised image, from the bit planes of the pixels; see `images`."""
+        o = step.options
+        window = (o["kernel"], o["stride"], o["padding"], o["dilation"])
+        inside = taps(torch.ones_like(u[:1]), *window)
+        return self._image(step, taps(u, *window), inside).movedim(-1, 1)
+
+    def image_linear(self, step: Step, u: Tensor) -> Tensor:
+        """Return a product with the normalised image, from the bit planes of the pixels; see `images`."""
+        return self._image(step, u.flatten(2), torch.ones_like(u[:1]).flatten(2))
+
+    def _image(self, step: Step, pixels: Tensor, inside: Tensor) -> Tensor:
+        # The digits of what lies inside are ones: the same product counts the weights there.
+        sums = self.digit_sums(step, torch.cat([pixels, inside]))
+        y = combine(sums[:-1], sums[-1:], self.tensor(step, "mean"), self.tensor(step, "std"))
+        scale, bias = self.optional(step, "scale"), self.optional(step, "bias")
+        y = y if scale is None else y * scale
+        return y if bias is None else y + bias
+
+    def digit_sums(self, step: Step, pixels: Tensor) -> Tensor:
+        """Return sum_t u_t w_ot per channel, (N, ..., C, O) in integers, for pixels u (N, ..., C, T) and the step's signs w."""
+        weight = unpack(self.tensor(step, "weight"), pixels.shape[-1]).double()
+        return torch.einsum("mct,oct->mco", pixels.double().flatten(0, -3), weight).view(*pixels.shape[:-1], -1)
 
     def _unpacked(self, step: Step, length: int) -> Tensor:
         """Return sign weights as floats."""
@@ -215,6 +250,8 @@ class WordKernels(Protocol):
     binary_conv2d: Callable[..., Any]
     threshold_pack: Callable[..., Any]
     max_pool2d: Callable[..., Any]
+    bitplane_input: Callable[..., Any]
+    digits_conv2d: Callable[..., Any]
 
 
 class Words(Backend):
@@ -243,6 +280,19 @@ class Words(Backend):
         if bool(x.isnan().any()):  # the simulation carries NaN on; bits cannot
             raise InputError("there is NaN, which has no sign, among the numbers to be packed")
         return self.kernels.pack(np.ascontiguousarray(x.movedim(1, -1).numpy()))
+
+    def digit_sums(self, step: Step, pixels: Tensor) -> Tensor:
+        """Return the sums as a convolution of bit planes with a group per channel."""
+        channels = pixels.shape[-2]
+        planes = self.kernels.bitplane_input(pixels.flatten(0, -3).numpy())  # (8, M, C, W)
+        planes = planes.reshape(*planes.shape[:2], 1, 1, -1)
+        slots = planes.shape[-1] * reference.WORD
+        z = self.kernels.digits_conv2d(planes, self.image_weight(step), slots, groups=channels)
+        return torch.from_numpy(np.ascontiguousarray(z)).view(*pixels.shape[:-1], -1)
+
+    def image_weight(self, step: Step) -> Any:
+        """Return the weights of a layer on bit planes as `digits_conv2d` takes them."""
+        return grouped_weight(self.words(step, "weight"))
 
     def unpack(self, step: Step, x: np.ndarray) -> Tensor:
         """Return the signs as floats (N, C, ...)."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qlab import provenance
-from qlab.binary.packed import PackedNet, _check_batch, present
+from qlab.binary.packed import PackedNet, check_batch, present
 from qlab.errors import InputError
 from qlab.jobs import Update
 
@@ -148,7 +148,7 @@ def costing(
     """Yield the `Cost` after every round; see `cost`."""
     if not isinstance(packed, PackedNet):
         raise InputError(f"packed is a {type(packed).__name__}; expected a packed net, as qlab.binary.compile returns")
-    _check_batch(x, packed.graph.input_shape)
+    check_batch(x, packed.graph.input_shape, packed.graph.image)
     if rounds < 1 or seconds <= 0:
         raise InputError(f"rounds is {rounds} and seconds {seconds}; expected at least 1, and more than 0")
     names = [name for name in present() if name not in SLOW] if backends is None else list(backends)

@@ -124,6 +124,7 @@ def _header(packed: PackedNet, blocks: Mapping[str, np.ndarray]) -> bytes:
         "version": VERSION,
         "qlab": provenance.versions()["qlab"],
         "input_shape": list(graph.input_shape),
+        "image": graph.image,
         "steps": [
             {
                 "op": step.op,
@@ -250,6 +251,7 @@ _CONTENT = {
     "version",
     "qlab",
     "input_shape",
+    "image",
     "steps",
     "output",
     "layers",
@@ -298,6 +300,7 @@ def _graph(content: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> Graph:
     _expect(isinstance(steps, list) and all(map(_is_step, steps)), "a step is none")
     _expect(isinstance(rows, list) and all(map(_is_row, rows)), "a row of its report is none")
     _expect(isinstance(shape, list) and isinstance(output, str), "its input_shape or output is none")
+    _expect(isinstance(content["image"], bool), "whether it takes images is not said")
     used = {name for step in steps for name in step["tensors"].values()}
     _expect(used == set(tensors), "it has tensors that no step uses, or lacks some")
     return Graph(
@@ -309,6 +312,7 @@ def _graph(content: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> Graph:
         tensors,
         output,
         tuple(rows),
+        content["image"],
     )
 
 

@@ -54,6 +54,7 @@ _EPILOGUE = {
 OPS: dict[str, Op] = {
     # ---- between floats and bits
     "pack": Op(("float",), ("bits",), {"alpha?": "float32/1", "beta?": "float32/1"}, {"fused": "bool"}),
+    "normalise": Op(("uint8",), ("float",), {"mean": "float32/1", "std": "float32/1"}),
     "unpack": Op(("bits",), ("float",), {}, {"channels": "int"}),
     # ---- on bits
     "binary_conv2d": Op(
@@ -84,6 +85,18 @@ OPS: dict[str, Op] = {
         ("float",),
         {"weight": "uint64/2", "scale?": "float32/1", "bias?": "float32/1"},
         {"features": "int", "product": "str"},
+    ),
+    # ---- one-bit weights, the pixels of an image as bit planes; per channel, for each has its own mean and deviation
+    "image_conv2d": Op(
+        ("uint8",),
+        ("float",),
+        {"weight": "uint64/3", "mean": "float32/1", "std": "float32/1", "scale?": "float32/1", "bias?": "float32/1"},
+        {"kernel": "ints", "stride": "ints", "padding": "ints", "dilation": "ints"},
+    ),
+    "image_linear": Op(
+        ("uint8",),
+        ("float",),
+        {"weight": "uint64/3", "mean": "float32/1", "std": "float32/1", "scale?": "float32/1", "bias?": "float32/1"},
     ),
     # ---- floats
     "conv2d": Op(("float",), ("float",), {"weight": "float32/4", "bias?": "float32/1"}, _WINDOW),
@@ -163,6 +176,7 @@ class Graph:
         tensors: name -> array; words are uint64, thresholds int32, the rest float32.
         output: name of the value that is the net's result.
         layers: one row per layer of the original net, for the report.
+        image: the input is a raw image, uint8, and not float32.
     """
 
     input_shape: tuple[int, ...]
@@ -170,6 +184,7 @@ class Graph:
     tensors: dict[str, np.ndarray]
     output: str
     layers: tuple[dict[str, Any], ...] = ()
+    image: bool = False
 
     def check(self) -> Graph:
         """Return the graph itself after all of it was found to fit together.
@@ -179,7 +194,7 @@ class Graph:
         """
         if not self.input_shape or not all(_is_int(n) and 0 < n < 2**31 for n in self.input_shape):
             raise InputError(f"input_shape is {self.input_shape!r}; expected positive integers, (C, H, W) or (D,)")
-        values: dict[str, str] = {"input": "float"}
+        values: dict[str, str] = {"input": "uint8" if self.image else "float"}
         for i, step in enumerate(self.steps):
             try:
                 _check_step(step, values, self.tensors)

@@ -22,7 +22,7 @@ from qlab.binary.cost import Cost, Crossover, cost, crossover
 from qlab.binary.dots import DotProduct, LayerBits, LayerRun, checked_index
 from qlab.binary.graph import Graph, Step
 from qlab.binary.kernels import reference
-from qlab.binary.packed import PackedNet, _check_batch
+from qlab.binary.packed import PackedNet, check_batch
 from qlab.binary.shapes import infer
 from qlab.errors import InputError, UnknownNameError
 
@@ -129,7 +129,7 @@ def follow(packed: PackedNet, x: Tensor, layer: str, example: int = 0, backend: 
     """
     layers(packed)
     step = _find(packed, layer, ON_BITS)
-    _check_batch(x, packed.graph.input_shape)
+    check_batch(x, packed.graph.input_shape, packed.graph.image)
     one = x[checked_index("example", example, len(x)) :][:1]
     name = backend or packed.backend
     if name not in KEEP_WORDS:
@@ -158,7 +158,11 @@ def follow(packed: PackedNet, x: Tensor, layer: str, example: int = 0, backend: 
 def _keeper(kept: dict[str, np.ndarray], names: list[str]) -> Callable[[Step, tuple[Any, ...]], None]:
     """Return an observer that copies the values of some names."""
     return lambda step, values: kept.update(
-        {name: np.array(v) for name, v in zip(step.outputs, values, strict=True) if name in names}
+        {
+            name: v.numpy().copy() if isinstance(v, Tensor) else v.copy()
+            for name, v in zip(step.outputs, values, strict=True)
+            if name in names
+        }
     )
 
 

@@ -13,9 +13,10 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qlab.binary.fold import Affine, fold_batch_norm
+from qlab.binary.images import image_weight
 from qlab.binary.kernels import reference
 from qlab.binary.weights import SignWeight, sign_weight
-from qlab.binary.writer import Bits, Counts, Float, Link, Normed, Shape, Value, Writer
+from qlab.binary.writer import Bits, Counts, Float, Image, Link, Normed, Shape, Value, Writer
 from qlab.errors import InputError
 from qlab.quantizers import Quantizer, Uniform, hard_sign
 
@@ -87,6 +88,8 @@ def weighted(writer: Writer, shape: Shape, layer: str, module: nn.Conv2d | nn.Li
     report(writer, shape, layer, module, value, found)
     if not isinstance(found, SignWeight):
         return float_layer(writer, shape, layer, module, value)
+    if isinstance(value, Image) and _on_planes(module, value):
+        return image_layer(writer, shape, layer, module, value, found)
     if isinstance(value, Bits):
         return binary_layer(writer, shape, layer, module, value, found)
     options: dict[str, Any]
@@ -99,6 +102,27 @@ def weighted(writer: Writer, shape: Shape, layer: str, module: nn.Conv2d | nn.Li
     op = "sign_weight_conv2d" if isinstance(module, nn.Conv2d) else "sign_weight_linear"
     return writer.plain(
         shape, op, [value], layer, {"weight": words, "scale": found.scale, "bias": module.bias}, **options
+    )
+
+
+def image_layer(
+    writer: Writer, shape: Shape, layer: str, module: nn.Conv2d | nn.Linear, value: Image, weight: SignWeight
+) -> Float:
+    """Write a layer with sign weights on the bit planes of the raw image."""
+    assert writer.image is not None
+    channels = value.grid[0] if value.grid else value.shape[1]
+    tensors = {
+        "weight": image_weight(weight.signs, channels),
+        "mean": writer.image.mean,
+        "std": writer.image.std,
+        "scale": weight.scale,
+        "bias": module.bias,
+    }
+    if isinstance(module, nn.Linear):
+        return Float(writer.emit("image_linear", [value.name], layer, tensors), shape)
+    window = {key: entry for key, entry in _window(module).items() if key != "groups"}
+    return Float(
+        writer.emit("image_conv2d", [value.name], layer, tensors, kernel=list(module.kernel_size), **window), shape
     )
 
 
@@ -220,6 +244,8 @@ def flattened(writer: Writer, shape: Shape, layer: str, value: Value, start: int
     whole = start == 1 and end % len(before) == len(before) - 1
     if whole and len(before) == 2:
         return value
+    if whole and isinstance(value, Image) and len(before) == 4:
+        return Image(value.name, shape, before[1:])
     if whole and isinstance(value, Bits) and len(before) == 4:
         return Bits(writer.emit("flatten_bits", [value.name], layer), shape, before[1:], value)
     return writer.plain(shape, "flatten", [value], layer, start=start, end=end)
@@ -231,27 +257,31 @@ def report(
     """Write a layer's row of the report."""
     macs = prod(shape[1:]) * prod(module.weight.shape[1:])
     binary = isinstance(found, SignWeight) and isinstance(value, Bits)
-    words = reference.words_for(module.weight.shape[1])
-    packed = 8 * module.weight.shape[0] * prod(module.weight.shape[2:]) * words
+    planes = isinstance(found, SignWeight) and _on_planes(module, value)
     if isinstance(found, SignWeight):
-        runs = "bits" if binary else "sign weights"
-        reason = "" if binary else "its input is float, so its signs weigh floats"
+        runs = "bits" if binary else "bit planes" if planes else "sign weights"
+        reason = "" if binary or planes else "its input is float, so its signs weigh floats"
     else:
-        runs, reason, packed = "float", found, 4 * module.weight.numel()
+        runs, reason = "float", found
     writer.rows[layer] = {
         "layer": layer,
         "kind": type(module).__name__,
         "runs": runs,
         "weight_bits": 1 if isinstance(found, SignWeight) else 32,
-        "input_bits": 1 if isinstance(value, Bits) else 32,
+        "input_bits": 1 if isinstance(value, Bits) else 8 if planes else 32,
         "output": list(shape[1:]),
-        "packed_bytes": packed,
         "float_bytes": 4 * module.weight.numel(),
-        "binary_macs": macs if binary else 0,
-        "float_macs": 0 if binary else macs,
+        "binary_macs": macs if binary else 8 * macs if planes else 0,  # a plane is a binary product
+        "float_macs": 0 if binary or planes else macs,
         "ties": 0,
         "reason": reason,
     }
+
+
+def _on_planes(module: nn.Module, value: Value) -> bool:
+    """Return whether a layer that reads a value runs on the bit planes of the raw image."""
+    grouped = isinstance(module, nn.Conv2d) and module.groups > 1
+    return isinstance(value, Image) and not grouped and (isinstance(module, nn.Conv2d) or value.grid is not None)
 
 
 # ---- small things ---------------------------------------------------------------------------------------------------

@@ -10,13 +10,15 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
 from qlab.binary.calls import lower_call, nodes_in
 from qlab.binary.graph import Graph, Step
+from qlab.binary.images import Normalise
 from qlab.binary.layers import layer
-from qlab.binary.writer import Counts, Float, Normed, Shape, Value, Writer
+from qlab.binary.writer import Counts, Float, Image, Normed, Shape, Value, Writer
 from qlab.errors import InputError
 from qlab.quantizers import Quantizer
 
@@ -28,17 +30,20 @@ class _Tracer(fx.Tracer):
         return isinstance(m, Quantizer) or super().is_leaf_module(m, module_qualified_name)
 
 
-def lower(net: nn.Module, example: Tensor, product: str) -> Graph:
+def lower(net: nn.Module, example: Tensor, product: str, image: Normalise | None = None) -> Graph:
     """Return the packed graph of a deployed net.
 
     Args:
         net: in eval mode, with plain weights.
         example: one batch of inputs.
         product: how layers with sign weights and float inputs multiply; see `qlab.binary.compile`.
+        image: what normalises the raw images that the packed net shall take, instead of the net's own floats.
 
     Raises:
         InputError: the net cannot be traced, or has an operation that the format lacks; names it.
     """
+    if _Tracer().is_leaf_module(net, ""):
+        net = nn.Sequential(net)  # a layer of torch.nn by itself would be traced into
     try:
         graph = _Tracer().trace(net)
     except Exception as error:  # fx raises whatever the net's own code raises on symbolic values
@@ -49,7 +54,7 @@ def lower(net: nn.Module, example: Tensor, product: str) -> Graph:
     module = fx.GraphModule(net, graph)
     with torch.no_grad():
         _Shapes(module).run(example)
-    return _walk(module, tuple(example.shape[1:]), Writer(product))
+    return _walk(module, tuple(example.shape[1:]), Writer(product, image))
 
 
 class _Shapes(fx.Interpreter):
@@ -68,7 +73,8 @@ def _walk(module: fx.GraphModule, input_shape: Shape, writer: Writer) -> Graph:
         if node.op == "placeholder":
             if env:
                 raise InputError(f"the net takes a second input, {node.target!r}; expected one that takes one tensor")
-            env[node] = Float("input", node.meta["shape"])
+            kind = Float if writer.image is None else Image
+            env[node] = kind("input", node.meta["shape"])
         elif node.op == "output":
             if not isinstance(node.args[0], fx.Node):
                 raise InputError("the net gives several values; expected one that gives one tensor of logits")
@@ -86,7 +92,14 @@ def _walk(module: fx.GraphModule, input_shape: Shape, writer: Writer) -> Graph:
     if output is None:
         raise InputError("the net gives nothing")
     steps = _merged_packs(writer.steps)
-    return Graph(input_shape, tuple(steps), writer.tensors, output.name, tuple(writer.rows.values())).check()
+    rows = tuple(_sized(row, steps, writer.tensors) for row in writer.rows.values())
+    return Graph(input_shape, tuple(steps), writer.tensors, output.name, rows, writer.image is not None).check()
+
+
+def _sized(row: dict[str, Any], steps: list[Step], tensors: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Return a row of the report with the bytes that the layer's weights take."""
+    weights = {step.tensors["weight"] for step in steps if step.layer == row["layer"] and "weight" in step.tensors}
+    return row | {"packed_bytes": sum(tensors[name].nbytes for name in weights)}
 
 
 def _merged_packs(steps: list[Step]) -> list[Step]:

@@ -50,16 +50,20 @@ def export_onnx(net: nn.Module | PackedNet, example: Tensor, path: str | PathLik
             written.
         QlabError: the package onnx is missing.
     """
-    from qlab.binary.packed import PackedNet, _check_batch, compile
+    from qlab.binary.packed import PackedNet, check_batch, compile
 
     onnx = onnx_package()
     packed = net if isinstance(net, PackedNet) else compile(net, example)
-    _check_batch(example, packed.graph.input_shape)
+    check_batch(example, packed.graph.input_shape, packed.graph.image)
     model = build(packed.graph)
     onnx.checker.check_model(model)
     target = Path(path)
     replace_file(target, [model.SerializeToString()])
     return target
+
+
+RAW = frozenset({"normalise", "image_conv2d", "image_linear"})
+"""Steps on raw images, which have no ONNX form here."""
 
 
 def unsupported(graph: Graph) -> list[str]:
@@ -68,6 +72,8 @@ def unsupported(graph: Graph) -> list[str]:
     found = []
     for step in graph.steps:
         o, taken = step.options, shapes[step.inputs[0]]
+        if step.op in RAW:
+            found.append(f"{step.layer or step.op}: the raw image; compile the net without `image`")
         if step.op == "adaptive_avg_pool2d" and any(n % m for n, m in zip(taken[2:], o["size"], strict=True)):
             why = f"adaptive average pooling of {list(taken[2:])} to {list(o['size'])}, whose windows differ in size"
             found.append(f"{step.layer}: {why}")

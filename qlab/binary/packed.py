@@ -9,7 +9,7 @@ packed.save("net.safetensors")
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from qlab.binary.backends import Backend, Simulation, Words
 from qlab.binary.graph import Graph
+from qlab.binary.images import Normalise
 from qlab.binary.lower import lower
 from qlab.errors import InputError, QlabError, UnknownNameError
 
@@ -91,7 +92,12 @@ def present() -> list[str]:
     return names
 
 
-def compile(net: nn.Module, example: Tensor, product: Product = "unpack") -> PackedNet:
+def compile(
+    net: nn.Module,
+    example: Tensor,
+    product: Product = "unpack",
+    image: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> PackedNet:
     """Return a deployed net on packed bits.
 
     Args:
@@ -100,6 +106,9 @@ def compile(net: nn.Module, example: Tensor, product: Product = "unpack") -> Pac
         product: how layers with sign weights and float inputs multiply. "unpack": the bits become floats for the one
             product, and torch sums in the order of the original net, so logits are equal bit for bit. "sums": the
             weights are read as bits, which needs 1/32 of the memory traffic; the sums round differently.
+        image: (mean, std) of each channel on the [0, 1] scale, such as (data.mean, data.std): the packed net then takes raw images
+            (N, C, H, W) in uint8, as does `example`, and a first layer with sign weights runs on their bit planes; see
+            `qlab.binary.images`.
 
     Raises:
         InputError: a net in training mode or with latent weights; an example that does not fit or holds NaN; a net that cannot be
@@ -115,15 +124,38 @@ def compile(net: nn.Module, example: Tensor, product: Product = "unpack") -> Pac
         raise InputError("this net is in training mode; compile what is shipped: method.deployed(), or net.eval()")
     if product not in ("unpack", "sums"):
         raise UnknownNameError("product", product, ["unpack", "sums"])
-    _check_batch(example, tuple(example.shape[1:]) if isinstance(example, Tensor) else ())
+    shape = tuple(example.shape[1:]) if isinstance(example, Tensor) else ()
+    check_batch(example, shape, image is not None)
     device = next((p.device for p in net.parameters()), example.device)
-    return PackedNet(lower(net, example.to(device), product), source=net)
+    if image is None:
+        return PackedNet(lower(net, example.to(device), product), source=net)
+    normalise = _normalise(image, shape).to(device)
+    graph = lower(net, normalise(example.to(device)), product, normalise)
+    return PackedNet(graph, source=nn.Sequential(normalise, net))
 
 
-def _check_batch(x: object, shape: tuple[int, ...]) -> None:
-    if not isinstance(x, Tensor) or x.dtype != torch.float32:
+def _normalise(image: tuple[Sequence[float], Sequence[float]], shape: tuple[int, ...]) -> Normalise:
+    mean, std = (torch.as_tensor(value, dtype=torch.float32).flatten() for value in image)
+    if (
+        len(shape) != 3
+        or len(mean) != shape[0]
+        or len(std) != shape[0]
+        or not bool((std > 0).all() and mean.isfinite().all())
+    ):
+        raise InputError(
+            f"image is {len(mean)} means and {len(std)} deviations for examples of shape {shape}; expected one of each, finite and "
+            "positive deviations, for every channel of (C, H, W)"
+        )
+    return Normalise(mean.tolist(), std.tolist()).eval()
+
+
+def check_batch(x: object, shape: tuple[int, ...], image: bool = False) -> None:
+    """Raise an InputError unless x is a batch (N, *shape) of finite float32, or of uint8 for a net that takes raw images."""
+    expected = torch.uint8 if image else torch.float32
+    if not isinstance(x, Tensor) or x.dtype != expected:
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise InputError(f"the input is {kind}; expected a float32 tensor. `data.transform` makes it from raw data")
+        hint = "the raw images, as data.split gives them" if image else "`data.transform` makes it from raw data"
+        raise InputError(f"the input is {kind}; expected a {str(expected)[6:]} tensor. {hint}")
     if x.dim() < 2 or tuple(x.shape[1:]) != shape or x.shape[0] == 0:
         wanted = ", ".join(map(str, shape)) or "C, H, W"
         raise InputError(f"the input has shape {tuple(x.shape)}; expected (N, {wanted}) with N of at least 1")
@@ -179,7 +211,7 @@ class PackedNet:
         Raises:
             InputError: a wrong shape or type, NaN, infinity.
         """
-        _check_batch(x, self.graph.input_shape)
+        check_batch(x, self.graph.input_shape, self.graph.image)
         name = backend or ("cuda" if x.is_cuda else self.backend)
         return self.on(name).run(x).to(x.device)
 
@@ -192,7 +224,7 @@ class PackedNet:
         """
         from qlab.binary.certificate import certify
 
-        _check_batch(batch, self.graph.input_shape)
+        check_batch(batch, self.graph.input_shape, self.graph.image)
         self.certificate = certify(self, batch, backends or present())
         return self.certificate
 
@@ -229,4 +261,9 @@ class PackedNet:
         return f"PackedNet({self.summary()})"
 
 
-_KINDS = {"bits": "on bits", "sign weights": "with sign weights on floats", "float": "in float"}
+_KINDS = {
+    "bits": "on bits",
+    "bit planes": "on bit planes of the image",
+    "sign weights": "with sign weights on floats",
+    "float": "in float",
+}

@@ -274,6 +274,40 @@ def _sign_weight_linear(f: _Facts) -> list[_Value]:
     return [_Value((*f.shape[:-1], len(weight)))]
 
 
+# ---- steps on raw images --------------------------------------------------------------------------------------------
+
+
+def _normalise(f: _Facts) -> list[_Value]:
+    _per_channel(f, f.channels, "mean", "std")
+    return [_Value(f.shape)]
+
+
+def _image_layer(f: _Facts, taps: int) -> int:
+    """Check the weight and what is per channel or output; return the number of outputs."""
+    weight = f.t["weight"]
+    if 255 * taps >= 2**31:
+        raise InputError(f"sums {taps:,} pixels of 8 bits a channel; expected sums that fit into 32 bits")
+    _expect("weight", weight, (len(weight), f.channels, words_for(taps)))
+    _words("weight", weight, taps)
+    _per_channel(f, f.channels, "mean", "std")
+    _per_channel(f, len(weight), "scale", "bias")
+    return len(weight)
+
+
+def _image_conv2d(f: _Facts) -> list[_Value]:
+    _dims(f, 4)
+    kernel = tuple(f.o["kernel"])
+    if len(kernel) != 2 or min(kernel) < 1:
+        raise InputError(f"kernel is {f.o['kernel']}; expected two integers of at least 1")
+    size = _window(f, kernel)
+    return [_Value((f.shape[0], _image_layer(f, kernel[0] * kernel[1]), *size))]
+
+
+def _image_linear(f: _Facts) -> list[_Value]:
+    _dims(f, 4)
+    return [_Value((f.shape[0], _image_layer(f, f.shape[2] * f.shape[3])))]
+
+
 BIT_RULES: dict[str, Callable[[_Facts], list[_Value]]] = {
     "pack": _pack,
     "unpack": _unpack,
@@ -283,6 +317,9 @@ BIT_RULES: dict[str, Callable[[_Facts], list[_Value]]] = {
     "flatten_bits": _flatten_bits,
     "sign_weight_conv2d": _sign_weight_conv2d,
     "sign_weight_linear": _sign_weight_linear,
+    "normalise": _normalise,
+    "image_conv2d": _image_conv2d,
+    "image_linear": _image_linear,
 }
 
 

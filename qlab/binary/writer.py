@@ -1,6 +1,7 @@
 """Writing the steps of a packed graph: what values there are while a net is walked, and how those that wait are written.
 
     Float   a float tensor that a step has given
+    Image   the raw image
     Bits    packed signs that a step has given
     Counts  a binary layer whose integers are not written yet, with the per-channel functions that follow it
     Normed  a batch norm of a float that is not written yet
@@ -20,10 +21,11 @@ from torch import Tensor
 
 from qlab.binary.fold import Affine, fold_sign
 from qlab.binary.graph import Step
+from qlab.binary.images import Normalise
 from qlab.binary.kernels import reference
 from qlab.errors import InputError
 
-__all__ = ["Bits", "Counts", "Float", "Link", "Normed", "Shape", "Value", "Writer"]
+__all__ = ["Bits", "Counts", "Float", "Image", "Link", "Normed", "Shape", "Value", "Writer"]
 
 Shape = tuple[int, ...]
 
@@ -34,6 +36,15 @@ class Float:
 
     name: str
     shape: Shape
+
+
+@dataclass
+class Image:
+    """The raw image, uint8; `grid` is (C, H, W) where it was flattened."""
+
+    name: str
+    shape: Shape
+    grid: Shape | None = None
 
 
 @dataclass
@@ -77,7 +88,7 @@ class Normed:
     write: Callable[[Writer, Float], Float]
 
 
-Value = Float | Bits | Counts | Normed | None
+Value = Float | Image | Bits | Counts | Normed | None
 
 
 class Writer:
@@ -85,10 +96,12 @@ class Writer:
 
     Args:
         product: how layers with sign weights and float inputs multiply; see `qlab.binary.compile`.
+        image: what normalises a raw image, where the net takes one.
     """
 
-    def __init__(self, product: str) -> None:
+    def __init__(self, product: str, image: Normalise | None = None) -> None:
         self.product = product
+        self.image = image
         self.steps: list[Step] = []
         self.tensors: dict[str, np.ndarray] = {}
         self.rows: dict[str, dict[str, Any]] = {}
@@ -120,6 +133,13 @@ class Writer:
         """Return a value as a float, writing what waits."""
         if isinstance(value, Float):
             return value
+        if isinstance(value, Image):
+            assert self.image is not None
+            tensors = {"mean": self.image.mean, "std": self.image.std}
+            whole = Float(self.emit("normalise", [value.name], "", tensors), value.shape)
+            if value.grid is None:
+                return whole
+            return Float(self.emit("flatten", [whole.name], "", start=1, end=-1), value.shape)
         if isinstance(value, Bits):
             if value.source is not None:
                 source = self.floated(value.source)

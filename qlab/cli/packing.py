@@ -55,7 +55,7 @@ def pack(options: argparse.Namespace) -> int:
     print(f"\n{packed.summary()}\n{certificate.summary()}")
     print(f"\npacked net  {target}  {target.stat().st_size / 1024:,.1f} KB")
     if options.onnx:
-        binary.export_onnx(packed, options.onnx)
+        binary.export_onnx(packed, x[:1], options.onnx)
         print(f"ONNX        {options.onnx}  {Path(options.onnx).stat().st_size / 1024:,.1f} KB")
     return 0 if certificate.equal else 3
 

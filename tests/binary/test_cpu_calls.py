@@ -102,9 +102,26 @@ def test_results_do_not_depend_on_the_threads(how: str, monkeypatch: pytest.Monk
     rng = random()
     a, b = signs(rng, 3000, 577), signs(rng, 520, 577)
     x, w = rng.standard_normal((3, 577)).astype(np.float32), signs(rng, 300, 577)
-    two = cpu.binary_matmul(a, b, 577), cpu.signed_sum_matmul(x, w)
+    images, kernels = signs(rng, 20, 20, 21, 64), signs(rng, 64, 3, 3, 64)
+    floats = rng.standard_normal((20, 70, 20, 21)).astype(np.float32)
+    pixels = rng.integers(0, 256, (20, 20, 21, 70), dtype=np.uint8)
+
+    def results() -> list[np.ndarray]:
+        z = cpu.binary_conv2d(images, kernels, 64, padding=(1, 1))
+        return [
+            cpu.binary_matmul(a, b, 577),
+            cpu.signed_sum_matmul(x, w),
+            z,
+            cpu.threshold_pack(z, np.zeros(64, np.int32), np.zeros(1, np.uint64)),
+            cpu.max_pool2d(images, (3, 3), (1, 1), (1, 1)),
+            cpu.pack(floats, 1),
+            cpu.pack(floats),
+            cpu.bitplane_input(pixels),
+        ]
+
+    two = results()
     torch.set_num_threads(1)
-    for one, other in zip(two, (cpu.binary_matmul(a, b, 577), cpu.signed_sum_matmul(x, w)), strict=True):
+    for one, other in zip(results(), two, strict=True):
         np.testing.assert_array_equal(one, other)
 
 

@@ -24,7 +24,7 @@ from qlab.binary.certificate import digest
 from qlab.binary.graph import OPS
 from qlab.binary.packed import PackedNet, compile
 from qlab.errors import InputError, PackedFileError
-from tests.strategies import Small, damaged, deployed, edited, rebuilt, taken_apart
+from tests.strategies import Small, damaged, deployed, edited, rebuilt, replaced, taken_apart
 
 BATCH = torch.randn(3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
 FUZZ = settings(
@@ -123,6 +123,15 @@ def test_a_full_disk_is_reported_and_leaves_the_old_file(
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_the_old_file_is_exchanged_not_written_into(packed: PackedNet, tmp_path: Path) -> None:
+    path, other = tmp_path / "net.safetensors", tmp_path / "other name"
+    path.write_bytes(b"old")
+    other.hardlink_to(path)
+    packed.save(path)
+    assert other.read_bytes() == b"old"
+    assert file.load(path).graph.steps == packed.graph.steps
+
+
 def test_a_path_that_cannot_be_written_is_refused(packed: PackedNet, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a folder"):
         packed.save(tmp_path)
@@ -149,6 +158,12 @@ def test_a_path_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         (lambda d: (2**63).to_bytes(8, "little") + d[8:], "more than"),
         (lambda d: d[:-1] + bytes([d[-1] ^ 1]), "SHA-256 differs"),
         (lambda d: d.replace(b'\\"fused\\":false', b'\\"fused\\":true ', 1), "not written as it should be"),
+        (lambda d: replaced(d, b'\\"groups\\":1', b'\\"groups\\":1,\\"groups\\":1'), "not written as it should be"),
+        (lambda d: replaced(d, b'\\"groups\\":1', b'\\"groups\\":1e999'), "not written as it should be"),
+        (lambda d: replaced(d, b'\\"groups\\":1', b'\\"groups\\":NaN'), "NaN is no number of JSON"),
+        (lambda d: replaced(d, b'\\"groups\\":1', b'\\"groups\\":' + b"9" * 20), "an integer of 20 digits"),
+        (lambda d: replaced(d, b'\\"layers\\":[', b'\\"layers\\":' + b"[" * 100_000), "nested too deeply"),
+        (lambda d: replaced(d, b"{", b'{"a":' + b"[" * 100_000), "nested too deeply"),
         (lambda d: d.replace(b'\\"output\\":\\"v1', b'\\"output\\":\\"v2', 1), "the digest is another"),
     ],
 )
@@ -181,6 +196,23 @@ def test_a_certificate_that_is_none_is_refused(data: bytes, entry: str, value: o
     content["certificate"][entry] = value
     with pytest.raises(PackedFileError, match="certificate"):
         file._parse(rebuilt(content, tensors))
+
+
+def test_a_description_has_all_its_entries_and_no_other(data: bytes) -> None:
+    content, tensors = taken_apart(data)
+    for key in set(content) - {"version", "tensors", "digest"}:
+        with pytest.raises(PackedFileError, match="lacks an entry"):
+            file._parse(rebuilt({k: v for k, v in content.items() if k != key}, tensors))
+    with pytest.raises(PackedFileError, match="one too many"):
+        file._parse(rebuilt({**content, "more": 1}, tensors))
+    with pytest.raises(PackedFileError, match="does not say its version"):
+        file._parse(rebuilt({k: v for k, v in content.items() if k != "version"}, tensors))
+
+
+def test_a_tensor_that_no_step_uses_is_refused(data: bytes) -> None:
+    content, tensors = taken_apart(data)
+    with pytest.raises(PackedFileError, match="tensors that no step uses"):
+        file._parse(rebuilt(content, {**tensors, "more": np.zeros(2, np.float32)}))
 
 
 def test_a_pickle_is_refused_unread(tmp_path: Path) -> None:

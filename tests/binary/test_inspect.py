@@ -60,12 +60,12 @@ def conv_places(run: inspect.LayerRun) -> list[tuple[int, int]]:
 
 
 CONVOLUTIONS = {
-    "border": dict(padding=1),
-    "stride": dict(padding=1, stride=2),
-    "wide border": dict(padding=(2, 3), dilation=(2, 1), stride=(1, 2)),
-    "no border": dict(),
-    "two groups": dict(padding=1, groups=2),
-    "depthwise": dict(padding=1, groups=6),
+    "border": {"padding": 1},
+    "stride": {"padding": 1, "stride": 2},
+    "wide border": {"padding": (2, 3), "dilation": (2, 1), "stride": (1, 2)},
+    "no border": {},
+    "two groups": {"padding": 1, "groups": 2},
+    "depthwise": {"padding": 1, "groups": 6},
 }
 
 

@@ -1,6 +1,6 @@
 """Kernels at the edges of a packed net: floats to bits, thresholds, pooling, bit planes, and sums of floats by signs.
 
-Each takes the address of a block whose word 0 counts chunks; the other words are listed where they are read.
+Each takes the address of a block of arguments; its words are listed where they are read.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from qlab.binary.kernels.cpu_ir import (
     I64,
     Columns,
     affine,
+    arrive,
     clear,
     constant,
     copy,
@@ -117,13 +118,14 @@ def below(_context: Any, z: Any, threshold: Any, valid: Any) -> Any:
 
 
 def pack_rows(block: int) -> None:
-    """Signs of rows of floats. Words: 1 x, 2 rows, 3 C, 4 alpha, 5 beta, 6 mode, 7 out, 8 rows of a chunk, 9 set if NaN."""
-    x, rows, channels = fetch(block, 1), fetch(block, 2), fetch(block, 3)
-    alpha, beta, mode, out, run = fetch(block, 4), fetch(block, 5), fetch(block, 6), fetch(block, 7), fetch(block, 8)
+    """Signs of rows of floats. Words: 0 x, 1 rows, 2 C, 3 alpha, 4 beta, 5 mode, 6 out, 7 rows of a chunk, 8 set if NaN."""
+    x, rows, channels = fetch(block, 0), fetch(block, 1), fetch(block, 2)
+    alpha, beta, mode, out, run = fetch(block, 3), fetch(block, 4), fetch(block, 5), fetch(block, 6), fetch(block, 7)
     words = (channels + 63) // 64
+    side = arrive(block)
     while True:
-        first = take(block) * run
-        if first >= rows:
+        first = take(block, side) * run
+        if first < 0:
             break
         missing = 0
         for row in range(first, min(first + run, rows)):
@@ -137,17 +139,18 @@ def pack_rows(block: int) -> None:
                     missing |= found >> 16
                 poke(out + 8 * (row * words + word), value)
         if missing:
-            poke(block + 72, 1)
+            poke(block + 64, 1)
 
 
 def pack_planes(block: int) -> None:
-    """Signs of images in planes. Words: 1 x, 2 images, 3 C, 4 alpha, 5 beta, 6 mode, 7 out, 8 pixels (16 or more), 9 set if NaN."""
-    x, images, channels = fetch(block, 1), fetch(block, 2), fetch(block, 3)
-    alpha, beta, mode, out, pixels = fetch(block, 4), fetch(block, 5), fetch(block, 6), fetch(block, 7), fetch(block, 8)
+    """Signs of images in planes. Words: 0 x, 1 images, 2 C, 3 alpha, 4 beta, 5 mode, 6 out, 7 pixels (16 or more), 8 set if NaN."""
+    x, channels = fetch(block, 0), fetch(block, 2)
+    alpha, beta, mode, out, pixels = fetch(block, 3), fetch(block, 4), fetch(block, 5), fetch(block, 6), fetch(block, 7)
     words, runs = (channels + 63) // 64, (pixels + 63) // 64
+    side = arrive(block)
     while True:
-        chunk = take(block)
-        if chunk >= images * runs:
+        chunk = take(block, side)
+        if chunk < 0:
             break
         image, begin = chunk // runs, chunk % runs * 64
         missing = 0
@@ -162,17 +165,18 @@ def pack_planes(block: int) -> None:
                     place, 4 * pixels, count, alpha + 4 * part, beta + 4 * part, mode, target, 8 * words
                 )
         if missing:
-            poke(block + 72, 1)
+            poke(block + 64, 1)
 
 
 def threshold_rows(block: int) -> None:
-    """Integers to bits. Words: 1 z, 2 rows, 3 C, 4 threshold, 5 flip, 6 out, 7 rows of a chunk."""
-    z, rows, channels, threshold = fetch(block, 1), fetch(block, 2), fetch(block, 3), fetch(block, 4)
-    flip, out, run = fetch(block, 5), fetch(block, 6), fetch(block, 7)
+    """Integers to bits. Words: 0 z, 1 rows, 2 C, 3 threshold, 4 flip, 5 out, 6 rows of a chunk."""
+    z, rows, channels, threshold = fetch(block, 0), fetch(block, 1), fetch(block, 2), fetch(block, 3)
+    flip, out, run = fetch(block, 4), fetch(block, 5), fetch(block, 6)
     words = (channels + 63) // 64
+    side = arrive(block)
     while True:
-        first = take(block) * run
-        if first >= rows:
+        first = take(block, side) * run
+        if first < 0:
             break
         for row in range(first, min(first + run, rows)):
             for word in range(words):
@@ -184,25 +188,20 @@ def threshold_rows(block: int) -> None:
 
 
 def pool(block: int) -> None:
-    """AND over windows. Words: 1 x, 2-5 N, H, W, words of a pixel, 6-7 OH, OW, 8-9 kernel, 10-11 stride, 12-13 padding, 14 out."""
-    x, images, height, width, words = (
-        fetch(block, 1),
-        fetch(block, 2),
-        fetch(block, 3),
-        fetch(block, 4),
-        fetch(block, 5),
-    )
-    oh, ow, out = fetch(block, 6), fetch(block, 7), fetch(block, 14)
+    """AND over windows. Words: 0 x, 1-4 N, H, W, words of a pixel, 5-6 OH, OW, 7-8 kernel, 9-10 stride, 11-12 padding, 13 out."""
+    x, height, width, words = fetch(block, 0), fetch(block, 2), fetch(block, 3), fetch(block, 4)
+    oh, ow, out = fetch(block, 5), fetch(block, 6), fetch(block, 13)
+    side = arrive(block)
     while True:
-        chunk = take(block)
-        if chunk >= images * oh:
+        chunk = take(block, side)
+        if chunk < 0:
             break
         image, i = chunk // oh, chunk % oh
-        top = i * fetch(block, 10) - fetch(block, 12)
-        rows = max(top, 0), min(top + fetch(block, 8), height)
+        top = i * fetch(block, 9) - fetch(block, 11)
+        rows = max(top, 0), min(top + fetch(block, 7), height)
         for j in range(ow):
-            left = j * fetch(block, 11) - fetch(block, 13)
-            columns = max(left, 0), min(left + fetch(block, 9), width)
+            left = j * fetch(block, 10) - fetch(block, 12)
+            columns = max(left, 0), min(left + fetch(block, 8), width)
             for word in range(words):
                 value = -1
                 for r in range(rows[0], rows[1]):
@@ -212,12 +211,13 @@ def pool(block: int) -> None:
 
 
 def digits(block: int) -> None:
-    """Bytes to bit planes. Words: 1 x, 2 rows, 3 C, 4 out, 5 rows of a chunk."""
-    x, rows, channels, out, run = fetch(block, 1), fetch(block, 2), fetch(block, 3), fetch(block, 4), fetch(block, 5)
+    """Bytes to bit planes. Words: 0 x, 1 rows, 2 C, 3 out, 4 rows of a chunk."""
+    x, rows, channels, out, run = fetch(block, 0), fetch(block, 1), fetch(block, 2), fetch(block, 3), fetch(block, 4)
     words = (channels + 63) // 64
+    side = arrive(block)
     while True:
-        first = take(block) * run
-        if first >= rows:
+        first = take(block, side) * run
+        if first < 0:
             break
         for row in range(first, min(first + run, rows)):
             for word in range(words):
@@ -267,17 +267,18 @@ def join_pixels(_context: Any, target: Any, source: Any, count: Any, taps: Any, 
 def border(block: int) -> None:
     """Images with a border of zeros, and neighbours joined.
 
-    Words: 1 x, 2 images, 3 rows of one, 4 words of its row; 5 rows above, 6 words at the left; 7 out, 8-9 rows and words with the
-    border, 10 bytes of a line; 11 taps joined (1: none), 12 taps joined in a second word, 13 their distance, 14 channels,
-    15 bytes to the second words; 16 rows of a chunk.
+    Words: 0 x, 1 images, 2 rows of one, 3 words of its row; 4 rows above, 5 words at the left; 6 out, 7-8 rows and words with the
+    border, 9 bytes of a line; 10 taps joined (1: none), 11 taps joined in a second word, 12 their distance, 13 channels,
+    14 bytes to the second words; 15 rows of a chunk.
     """
-    x, images, height, width = fetch(block, 1), fetch(block, 2), fetch(block, 3), fetch(block, 4)
-    top, left, out, rows, words = fetch(block, 5), fetch(block, 6), fetch(block, 7), fetch(block, 8), fetch(block, 9)
-    size, joined, second, step = fetch(block, 10), fetch(block, 11), fetch(block, 12), fetch(block, 13)
-    channels, lane, run = fetch(block, 14), fetch(block, 15), fetch(block, 16)
+    x, images, height, width = fetch(block, 0), fetch(block, 1), fetch(block, 2), fetch(block, 3)
+    top, left, out, rows, words = fetch(block, 4), fetch(block, 5), fetch(block, 6), fetch(block, 7), fetch(block, 8)
+    size, joined, second, step = fetch(block, 9), fetch(block, 10), fetch(block, 11), fetch(block, 12)
+    channels, lane, run = fetch(block, 13), fetch(block, 14), fetch(block, 15)
+    side = arrive(block)
     while True:
-        first = take(block) * run
-        if first >= images * rows:
+        first = take(block, side) * run
+        if first < 0:
             break
         for row in range(first, min(first + run, images * rows)):
             line, inside = out + row * size, row % rows - top
@@ -343,12 +344,13 @@ _sums_4, _sums_1 = _signed_sums(4), _signed_sums(1)
 
 
 def signed_sums(block: int) -> None:
-    """x times signs. Words: 1 x, 2 M, 3 K, 4 masks, 5 N, 6 out."""
-    x, rows, k = fetch(block, 1), fetch(block, 2), fetch(block, 3)
-    masks, n, out = fetch(block, 4), fetch(block, 5), fetch(block, 6)
+    """x times signs. Words: 0 x, 1 M, 2 K, 3 masks, 4 N, 5 out."""
+    x, rows, k = fetch(block, 0), fetch(block, 1), fetch(block, 2)
+    masks, n, out = fetch(block, 3), fetch(block, 4), fetch(block, 5)
+    side = arrive(block)
     while True:
-        panel = take(block)
-        if panel * 64 >= n:
+        panel = take(block, side)
+        if panel < 0:
             break
         place, column, valid = masks + 8 * panel * k, out + 256 * panel, min(64, n - 64 * panel)
         m = 0

@@ -5,7 +5,6 @@ A module, not an enum: Numba reads a module's integers as constants.
 
 # fmt: off
 (
-    NEXT,              # counts the chunks that have been taken
     X,                 # address of the rows' words
     ROWS, ROWS_EACH,   # rows in all; rows of one image, which the tables describe
     IMAGE_STRIDE,      # bytes from one image to the next
@@ -24,9 +23,13 @@ A module, not an enum: Numba reads a module's integers as constants.
     ALPHA, BETA, FUSED, RESIDUAL,  # FLOATS: addresses; whether rounded once; address or 0
     SIGN_BITS, SIGN_STRIDE,  # FLOATS: address of the words of the result's signs, or 0; bytes from row to row
     LENGTH,
-) = range(32)
+) = range(31)
 # fmt: on
 
 INTEGERS, SIGNS, FLOATS = range(3)
+
+# At the end of any block: how many chunks of work there are, and what every thread counts: threads, chunks taken, chunks taken
+# from the front and from the back. All threads write the counters, so they have a cache line of their own.
+CHUNKS, COUNTERS, SIZE = 31, 40, 44
 
 COLUMNS = 16  # output channels side by side in a panel

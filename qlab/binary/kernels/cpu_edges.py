@@ -134,9 +134,9 @@ def _pack(
         size, name = RUN, "pack_rows"
         count = x.size // channels
         chunks = -(-count // RUN)
-    block = new_block((0, address(x), count, channels, *numbers, mode, address(out), size, 0))
+    block = new_block((address(x), count, channels, *numbers, mode, address(out), size, 0))
     launch(name, block, chunks, x.size * NUMBER)
-    if block[9]:
+    if block[8]:
         raise InputError("there is NaN, which has no sign, among the numbers to be packed")
     return out
 
@@ -154,7 +154,7 @@ def threshold_pack(z: Ints, threshold: Ints, flip: Words, out: Words | None = No
     out = result(out, (*z.shape[:-1], len(flip)), np.uint64)
     if out.size:
         rows = z.size // channels
-        block = new_block((0, address(z), rows, channels, address(threshold), address(flip), address(out), RUN))
+        block = new_block((address(z), rows, channels, address(threshold), address(flip), address(out), RUN))
         launch("threshold_rows", block, -(-rows // RUN), z.size * NUMBER)
     return out
 
@@ -174,7 +174,7 @@ def max_pool2d(x: Words, kernel: Pair, stride: Pair, padding: Pair = (0, 0), out
         )
     out = result(out, (n, *size, words), np.uint64)
     if out.size:
-        block = (0, address(x), n, height, width, words, *size, *kernel, *stride, *padding, address(out))
+        block = (address(x), n, height, width, words, *size, *kernel, *stride, *padding, address(out))
         launch("pool", new_block(block), n * size[0], out.size * kernel[0] * kernel[1] * WORD)
     return out
 
@@ -196,7 +196,7 @@ def with_border(x: Words, padding: Pair, panels: Panels, step: int) -> Words:
     out = np.empty(size, np.uint64)
     if chunks:
         block = type(template).from_buffer_copy(template)
-        block[1], block[7] = address(x), address(out)
+        block[0], block[6] = address(x), address(out)
         launch("border", block, chunks, seconds)
     return out
 
@@ -211,7 +211,7 @@ def _border_plan(shape: tuple[int, ...], padding: Pair, panels: Panels, step: in
     before = (images, height, width * words, padding[0], padding[1] * words)
     join = (panels.joined, panels.second, step, panels.channels, line.word)
     run = max(1, 1024 // columns)
-    block = new_block((0, 0, *before, 0, rows, columns * words, line.size, *join, run))
+    block = new_block((0, *before, 0, rows, columns * words, line.size, *join, run))
     return block, size, -(-images * rows // run), size * panels.joined * NUMBER
 
 
@@ -222,7 +222,7 @@ def bitplane_input(x: np.ndarray, out: Words | None = None) -> Words:
     out = result(out, (8, *x.shape[:-1], words_for(channels)), np.uint64)
     if out.size:
         rows = x.size // channels
-        block = new_block((0, address(x), rows, channels, address(out), RUN))
+        block = new_block((address(x), rows, channels, address(out), RUN))
         launch("digits", block, -(-rows // RUN), x.size * WORD)
     return out
 
@@ -260,6 +260,6 @@ def signed_sum_matmul(x: Floats, w: Words | SignMasks, out: Floats | None = None
         raise InputError(f"x has {k} columns and the weights {masks.array.shape[1]}; expected the same")
     out = result(out, (rows, masks.n), np.float32)
     if out.size:
-        block = new_block((0, address(x), rows, k, address(masks.array), masks.n, address(out)))
+        block = new_block((address(x), rows, k, address(masks.array), masks.n, address(out)))
         launch("signed_sums", block, len(masks.array), rows * k * masks.n * NUMBER / 10)
     return out

@@ -35,6 +35,7 @@ from qlab.binary.kernels.cpu_ir import (
     I64,
     Columns,
     affine,
+    arrive,
     call,
     constant,
     fetch,
@@ -225,10 +226,10 @@ def gemm(block: int) -> None:
     panel_bytes = fetch(block, B.WORDS) * (8 * COLUMNS)
     runs = (rows_each + run - 1) // run
     panel_runs = (panels + panels_run - 1) // panels_run
-    chunks = (rows_all + rows_each - 1) // rows_each * runs * panel_runs
+    side = arrive(block)
     while True:
-        chunk = take(block)
-        if chunk >= chunks:
+        chunk = take(block, side)
+        if chunk < 0:
             break
         image, rest = divmod(chunk, runs * panel_runs)
         begin = rest // panel_runs * run

@@ -1,9 +1,10 @@
 """What the CPU kernels share: memory, vectors and a work counter as Numba intrinsics that emit LLVM code directly.
 
 The kernels take one argument, the address of a block of int64 words (addresses, sizes, strides), so that a call from Python
-costs about a microsecond whatever a kernel needs. Word 0 of the block counts the chunks of work that have been taken: every thread
-runs the same kernel on the same block and takes chunks until none is left. That balances the threads, and the result is
-the same for any number of them, for a chunk always computes the same thing.
+costs about a microsecond whatever a kernel needs. Every thread runs the same kernel on the same block and takes chunks of work
+until none is left, one thread from the front, the next from the back. That balances the threads, keeps the same part of an
+image in the same thread's cache from layer to layer, and gives the same result for any number of threads, for a chunk
+always computes the same thing.
 
 Numba caches a kernel by the file that it stands in: after a change here, delete `__pycache__` to see its effect.
 """
@@ -18,7 +19,7 @@ from numba.core import cgutils, config
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import intrinsic as typed_intrinsic
 
-from qlab.binary.kernels.cpu_block import COLUMNS
+from qlab.binary.kernels.cpu_block import CHUNKS, COLUMNS, COUNTERS
 
 __all__ = [
     "F32",
@@ -28,6 +29,7 @@ __all__ = [
     "I64",
     "Columns",
     "affine",
+    "arrive",
     "call",
     "clear",
     "constant",
@@ -218,11 +220,42 @@ def poke(_context: Any, address: Any, value: Any) -> Any:
     return signature(2), emit
 
 
+def _count(builder: ir.IRBuilder, block: ir.Value, counter: ir.Value) -> ir.Value:
+    """Return a counter's value and add one to it."""
+    place = builder.add(block, builder.mul(builder.add(counter, constant(COUNTERS)), constant(8)))
+    return builder.atomic_rmw("add", _pointer(builder, place, I64), constant(1), "monotonic")
+
+
 @intrinsic
-def take(_context: Any, block: Any) -> Any:
-    """take(block): the number of the next chunk of work, counted across threads in word 0 of the block."""
+def arrive(_context: Any, block: Any) -> Any:
+    """arrive(block): 0 for a thread that takes chunks from the front, 1 for one that takes them from the back."""
 
     def emit(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> ir.Value:
-        return builder.atomic_rmw("add", _pointer(builder, arguments[0], I64), constant(1), "monotonic")
+        return builder.and_(_count(builder, arguments[0], constant(0)), constant(1))
 
     return signature(1, types.int64), emit
+
+
+@intrinsic
+def take(_context: Any, block: Any, side: Any) -> Any:
+    """take(block, side): the number of a chunk that no other thread has, or -1 where none is left.
+
+    Only a thread that has been promised one (counter 1) counts at its side: the sides then never meet or miss a chunk.
+    """
+
+    def emit(_context: Any, builder: ir.IRBuilder, _signature: Any, arguments: Any) -> ir.Value:
+        block, side = arguments
+        chunks = load(builder, block, I64, 8 * CHUNKS)
+        promised = builder.icmp_signed("<", _count(builder, block, constant(1)), chunks)
+        before = builder.block
+        with builder.if_then(promised):
+            index = _count(builder, block, builder.add(side, constant(2)))
+            back = builder.sub(builder.sub(chunks, constant(1)), index)
+            chunk = builder.select(builder.icmp_signed("==", side, constant(0)), index, back)
+            inside = builder.block
+        result = builder.phi(I64)
+        result.add_incoming(constant(-1), before)
+        result.add_incoming(chunk, inside)
+        return result
+
+    return signature(2, types.int64), emit

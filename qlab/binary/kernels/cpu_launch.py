@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from qlab.binary.kernels.cpu_block import CHUNKS, SIZE
+
 __all__ = ["KERNELS", "address", "compile_kernel", "launch", "new_block"]
 
 log = logging.getLogger("qlab")
@@ -43,6 +45,9 @@ KERNELS = {
     "signed_sums": "cpu_bits",
     "threshold_rows": "cpu_bits",
 }
+
+
+_Block = ctypes.c_int64 * SIZE
 
 
 @dataclass(frozen=True)
@@ -110,9 +115,8 @@ def compile_kernel(name: str) -> _Kernel:
 
 
 def new_block(words: Iterable[int]) -> Any:
-    """Return a block of int64 words."""
-    values = tuple(words)
-    return (ctypes.c_int64 * len(values))(*values)
+    """Return a block of int64 words: a kernel's arguments, and its counters, which are 0."""
+    return _Block(*words)
 
 
 def launch(name: str, block: Any, chunks: int, seconds: float) -> None:
@@ -120,12 +124,13 @@ def launch(name: str, block: Any, chunks: int, seconds: float) -> None:
 
     Args:
         name: the kernel.
-        block: of `new_block`; word 0 has to be 0. The arrays that it points to have to outlive the call.
-        chunks: of work; more threads than that would idle.
+        block: of `new_block`, for one call. The arrays that it points to have to outlive the call.
+        chunks: how many there are of work.
         seconds: that one thread takes, roughly.
     """
     global _alone, _alone_until
     kernel = _kernels.get(name) or compile_kernel(name)
+    block[CHUNKS] = chunks
     fork = _openmp()
     threads = 1 if _forked else min(torch.get_num_threads(), chunks)
     start = time.perf_counter()

@@ -138,7 +138,8 @@ class Plan:
         each, count = len(geometry.places), panels.groups * panels.per_group
         run = min(RUN, -(-each // 8) * 8)
         row_chunks = -(-rows // each) * -(-each // run)
-        panel_run = max(1, count * row_chunks // CHUNKS)
+        panel_runs = -(-count // max(1, count * row_chunks // CHUNKS))
+        panel_run = -(-count // panel_runs)
         self.chunks = row_chunks * -(-count // panel_run)
         self.seconds = rows * count * COLUMNS * panels.words * planes * WORD
         self._classes = geometry.classes * (8 * COLUMNS * count)
