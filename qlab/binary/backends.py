@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qlab.binary.bits import unpack, words_to_array
+from qlab.binary.bits import array_to_words, unpack, words_to_array
 from qlab.binary.floats import FLOAT_OPS, ORDER_SENSITIVE, POOLS
 from qlab.binary.graph import Graph, Step
 from qlab.binary.images import combine, grouped_weight, taps
@@ -50,6 +50,7 @@ class Backend:
     def __init__(self, graph: Graph, device: str = "cpu") -> None:
         self.graph = graph
         self.device = torch.device(device)
+        self.masks: dict[str, Any] = {}  # of layers that weigh floats with their bits
         self.tensors = {name: self._constant(array) for name, array in graph.tensors.items()}
         last: dict[str, int] = {name: i for i, step in enumerate(graph.steps) for name in step.inputs}
         self.released: list[list[str]] = [[] for _ in graph.steps]  # values that no later step needs
@@ -126,7 +127,7 @@ class Backend:
         if step.options["product"] == "unpack":
             weight = self._scaled(step, self._unpacked(step, features))
             return F.linear(standard(x), weight, self.optional(step, "bias"))
-        y = signed_sum_matmul(standard(x), self.tensor(step, "weight"))
+        y = self._signed_sums(step, standard(x))
         scale, bias = self.optional(step, "scale"), self.optional(step, "bias")
         y = y if scale is None else y * scale
         return y if bias is None else y + bias
@@ -170,6 +171,17 @@ class Backend:
             return unpack(words, length).float()
         eights = _SIGNS[words.numpy().view(np.uint8)]  # a table of bytes: eight signs at a time
         return torch.from_numpy(eights.reshape(*words.shape[:-1], -1)[..., :length])
+
+    def _signed_sums(self, step: Step, x: Tensor) -> Tensor:
+        words = self.tensor(step, "weight")
+        if x.is_cuda:
+            return signed_sum_matmul(x, words)
+        from qlab.binary.kernels import cpu
+
+        name = step.outputs[0]
+        if name not in self.masks:  # rearranging takes far longer than a product
+            self.masks[name] = cpu.prepack_signs(array_to_words(words), x.shape[1])
+        return torch.from_numpy(cpu.signed_sum_matmul(x.numpy(), self.masks[name]))
 
     def _scaled(self, step: Step, signs: Tensor) -> Tensor:
         weight, scale = standard(signs), self.optional(step, "scale")

@@ -241,6 +241,17 @@ def test_scaled_signs_run_on_bits_and_agree_to_rounding() -> None:
         torch.testing.assert_close(packed(x), net(x), rtol=1e-5, atol=1e-5)
 
 
+def test_weighing_floats_with_bits_agrees_to_rounding_on_every_backend() -> None:
+    net = qlab.harden(qlab.quantize(qlab.build("mlp", (70,), 10, hidden=(65, 130), seed=0), Sign))
+    x = images(5, 70)
+    packed = qlab.binary.compile(net, x, product="sums")
+    certificate = packed.verify(x, BACKENDS)
+    assert certificate.equal
+    assert 0 < certificate.source["largest difference"] < 1e-3
+    with pytest.raises(UnknownNameError, match="Known: sums, unpack"):
+        qlab.binary.compile(net, x, product="sum")  # type: ignore[arg-type]
+
+
 def test_powers_of_two_as_scales_stay_exact() -> None:
     scale = 2.0 ** torch.arange(-4, 5)
     exact(
