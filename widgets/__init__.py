@@ -6,6 +6,7 @@ widget is on screen before those are loaded.
 
 from __future__ import annotations
 
+from qlab.widgets.bitlab import BitLab
 from qlab.widgets.studio import Studio
 
-__all__ = ["Studio"]
+__all__ = ["BitLab", "Studio"]

@@ -8,6 +8,7 @@ One batch runs at a time; calls from other threads wait.
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 from math import prod
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qlab.binary.backends import Observe, Words
+from qlab.binary.backends import Observe, Words, standard
 from qlab.binary.graph import Graph, Step
 from qlab.binary.images import grouped_weight
 from qlab.binary.kernels import cpu
@@ -107,6 +108,18 @@ class Numba(Words):
         self.lock = threading.Lock()
         self.plans: dict[int, Buffers] = {}
         self.out: dict[str, np.ndarray] = {}
+        # Pool's value -> the batch norm right before it, whose value nothing else reads.
+        self.late: dict[str, Step] = {}
+        self.before_pools = {
+            pool.outputs[0]: norm
+            for norm, pool in pairwise(graph.steps)
+            if norm.op == "batch_norm"
+            and pool.op == "max_pool2d"
+            and norm.outputs == pool.inputs
+            and sum(norm.outputs[0] in step.inputs for step in graph.steps) == 1
+            and norm.outputs[0] != graph.output
+            and _plain(pool)
+        }
         self.panels = {step.outputs[0]: _panels(step, graph) for step in graph.steps if "weight" in step.tensors}
 
     def run(self, x: Tensor, observe: Observe | None = None) -> Tensor:
@@ -117,8 +130,24 @@ class Numba(Words):
                     self.plans.pop(next(iter(self.plans)))
                 self.plans[len(x)] = Buffers(self.graph, len(x))
             self.out = self.plans[len(x)].arrays
+            self.late = {} if observe else self.before_pools  # an observer sees every value
             y = super().run(x, observe)
             return y.clone()  # the next batch writes into the same buffers
+
+    def step(self, step: Step, inputs: list[Any]) -> tuple[Any, ...]:
+        """Return the values of one step; a batch norm before a max-pool runs on what the pool has left."""
+        if any(step is norm for norm in self.late.values()):
+            return (inputs[0],)
+        norm = self.late.get(step.outputs[0])
+        if step.op != "max_pool2d" or not (norm or _on_planes(step, inputs[0])):
+            return super().step(step, inputs)
+        o, x = step.options, standard(inputs[0])
+        weight = None if norm is None else self.optional(norm, "weight")
+        # Rounding never changes an order: the maximum of alpha x + beta is that of x, or where alpha < 0 its minimum.
+        signs = None if weight is None else torch.where(weight < 0, -1.0, 1.0).numpy()
+        window = (tuple(o["kernel"]), tuple(o["stride"]), tuple(o["padding"]))
+        y = torch.from_numpy(cpu.float_max_pool2d(x.numpy(), *window, signs))
+        return (y,) if norm is None else super().step(norm, [y])
 
     def image_weight(self, step: Step) -> Any:
         """Return the weights of a layer on bit planes as panels."""
@@ -175,6 +204,15 @@ class Numba(Words):
         out = self.out[step.outputs[0]]
         y = cpu.max_pool2d(x, tuple(o["kernel"]), tuple(o["stride"]), tuple(o["padding"]), out=out)
         return np.bitwise_xor(y, self.words(step, "flip"), out=y) if "flip" in step.tensors else y
+
+
+def _plain(pool: Step) -> bool:
+    return list(pool.options["dilation"]) == [1, 1] and not pool.options["ceil"]
+
+
+def _on_planes(pool: Step, x: Tensor) -> bool:
+    """Return whether a max-pool runs on our kernel: it does where whole planes lie together."""
+    return _plain(pool) and x.dim() == 4 and x.is_contiguous()
 
 
 def _panels(step: Step, graph: Graph) -> Any:

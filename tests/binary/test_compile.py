@@ -139,6 +139,9 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     ),
     "bias, pool, relu": lambda: nn.Sequential(Sign(), conv(6, 7, bias=True), nn.MaxPool2d(2), nn.ReLU(), conv(7, 3)),
     "pool of a float": lambda: nn.Sequential(nn.MaxPool2d(2), Sign(), conv(6, 7)),
+    "batch norm, then pool, in float": lambda: nn.Sequential(
+        nn.Conv2d(6, 7, 3), nn.BatchNorm2d(7), nn.MaxPool2d(3, 2, 1), Sign(), conv(7, 3)
+    ),
     "average pool": lambda: nn.Sequential(Sign(), conv(6, 7), nn.AvgPool2d(2), nn.BatchNorm2d(7), Sign(), conv(7, 3)),
     "two batch norms": lambda: nn.Sequential(
         Sign(), conv(6, 7), nn.BatchNorm2d(7), nn.BatchNorm2d(7), Sign(), conv(7, 3)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -288,3 +289,20 @@ def test_sums_by_signs_keep_their_order_and_come_close_to_the_exact_ones(m: int,
     steps = 64 + k / 64
     bound = steps * np.finfo(np.float32).eps * np.abs(x).sum(1, dtype=np.float64)
     assert (np.abs(got - reference.signed_sum_matmul(x, w)) <= bound[:, None]).all()
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 2, 1), (2, 2, 0), (3, 1, 1), (1, 1, 0)])
+@pytest.mark.parametrize("shape", [(2, 3, 7, 9), (1, 65, 12, 4), (1, 1, 3, 3)])
+def test_max_pool_of_floats_is_torchs_and_its_minimum_where_asked(
+    shape: tuple[int, ...], kernel: int, stride: int, padding: int
+) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    x[0, 0, 1, 1] = float("nan")
+    x[0, 0, 2, 2] = -float("inf")
+    signs = torch.where(torch.arange(shape[1]) % 2 == 1, -1.0, 1.0)
+    window = ((kernel,) * 2, (stride,) * 2, (padding,) * 2)
+    y = cpu.float_max_pool2d(x.numpy(), *window)
+    z = cpu.float_max_pool2d(x.numpy(), *window, signs.numpy())
+    flipped = signs.view(1, -1, 1, 1)
+    assert np.array_equal(y, F.max_pool2d(x, kernel, stride, padding).numpy(), equal_nan=True)
+    assert np.array_equal(z, (flipped * F.max_pool2d(flipped * x, kernel, stride, padding)).numpy(), equal_nan=True)

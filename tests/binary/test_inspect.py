@@ -65,7 +65,7 @@ CONVOLUTIONS = {
     "wide border": {"padding": (2, 3), "dilation": (2, 1), "stride": (1, 2)},
     "no border": {},
     "two groups": {"padding": 1, "groups": 2},
-    "depthwise": {"padding": 1, "groups": 6},
+    "six groups": {"padding": 1, "groups": 6},
 }
 
 
@@ -74,12 +74,9 @@ CONVOLUTIONS = {
 def test_a_convolution_is_the_integer_of_the_reference_kernel_everywhere(
     options: dict[str, Any], channels: int
 ) -> None:
+    channels -= channels % options.get("groups", 1)
     x = images(2, channels, 6, 7)
-    layer = nn.Conv2d(channels, 12 * (channels // 6), 3, bias=False, **options) if options.get("groups") == 6 else None
-    if layer is None:
-        layer = nn.Conv2d(channels, 4, 3, bias=False, **options)
-    elif channels % 6:
-        pytest.skip("groups divide channels")
+    layer = nn.Conv2d(channels, 2 * options.get("groups", 2), 3, bias=False, **options)
     packed = packed_layer(layer, x)
     run = inspect.follow(packed, x, "layer", example=1)
     o = run.step.options
@@ -142,7 +139,7 @@ def test_a_layer_on_a_flattened_picture_has_the_picture_as_its_taps(lenet: tuple
     layer = inspect.bits(packed, "hidden.0")
     assert layer.words.shape == (120, 5, 5, 1)
     assert layer.axes == ("unit", "row", "column", "word")
-    weight = packed.source.get_submodule("hidden.0").weight.reshape(120, 16, 5, 5)
+    weight = packed.source.get_submodule("hidden.0").weight.detach().reshape(120, 16, 5, 5)
     np.testing.assert_array_equal(np.moveaxis(layer.signs, -1, 1), weight.numpy())
     for unit in range(0, 120, 7):
         found = inspect.dot(packed, x, "hidden.0", unit, example=2)
@@ -179,7 +176,7 @@ def test_backends_hold_the_same_bits(lenet: tuple[Any, Tensor], backend: str) ->
 def test_bits_are_the_signs_of_the_weights(lenet: tuple[Any, Tensor]) -> None:
     packed, _ = lenet
     layer = inspect.bits(packed, "features.4")
-    weight = packed.source.get_submodule("features.4").weight
+    weight = packed.source.get_submodule("features.4").weight.detach()
     np.testing.assert_array_equal(np.moveaxis(layer.signs, -1, 1), weight.numpy())
     assert (layer.units, layer.taps, layer.channels, layer.k) == (16, (5, 5), 6, 150)
     assert layer.padding == pytest.approx(1 - 6 / 64)
@@ -254,7 +251,7 @@ def test_a_wrong_argument_is_told(lenet: tuple[Any, Tensor], call: Any, message:
 
 def test_an_unknown_layer_is_told_with_the_known_ones(lenet: tuple[Any, Tensor]) -> None:
     packed, x = lenet
-    with pytest.raises(UnknownNameError, match="Known: features.4, hidden.0, hidden.3"):
+    with pytest.raises(UnknownNameError, match=r"Known: features\.4, hidden\.0, hidden\.3"):
         inspect.dot(packed, x, "hidden.9", 0)
 
 
@@ -313,7 +310,7 @@ def test_a_crossover_is_measured_at_every_size_and_can_be_cancelled() -> None:
     job = Job(work, lambda job: job.cancel() if job.value.points else None)
     assert job.start().wait(60)
     assert job.status == "cancelled"
-    assert len(job.value.points) == 1
+    assert len(job.value.points) == 2  # the size that was under way when cancel was asked for is kept
 
 
 def test_sizes_that_would_take_too_long_are_left_out_and_named() -> None:

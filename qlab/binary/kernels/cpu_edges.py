@@ -19,6 +19,7 @@ __all__ = [
     "affine_pack",
     "as_array",
     "bitplane_input",
+    "float_max_pool2d",
     "max_pool2d",
     "pack",
     "prepack_signs",
@@ -176,6 +177,34 @@ def max_pool2d(x: Words, kernel: Pair, stride: Pair, padding: Pair = (0, 0), out
     if out.size:
         block = (address(x), n, height, width, words, *size, *kernel, *stride, *padding, address(out))
         launch("pool", new_block(block), n * size[0], out.size * kernel[0] * kernel[1] * WORD)
+    return out
+
+
+def float_max_pool2d(
+    x: Floats, kernel: Pair, stride: Pair, padding: Pair = (0, 0), signs: Floats | None = None
+) -> Floats:
+    """Return the maximum (N, C, OH, OW) of float32 x (N, C, H, W) over windows, bit for bit as torch; padding is ignored.
+
+    Args:
+        x: float32.
+        kernel, stride, padding: of the window; sizes are rounded down.
+        signs: float32 (C,), +1 or -1; where it is -1, the minimum is taken.
+
+    Raises:
+        InputError: wrong types; no window fits, or one could be empty.
+    """
+    x = as_array(x, np.float32, (None,) * 4, "x")
+    n, channels, height, width = x.shape
+    size = tuple(output_size(x.shape[i + 2], kernel[i], stride[i], padding[i]) for i in (0, 1))
+    if min(size) < 1 or any(2 * padding[i] > kernel[i] for i in (0, 1)):
+        raise InputError(f"windows {kernel}, padding {padding} on {height} x {width}: none fits, or one is empty")
+    out = np.empty((n, channels, *size), np.float32)
+    own = np.ones(channels, np.float32) if signs is None else as_array(signs, np.float32, (channels,), "signs")
+    each, lines = np.tile(own, n), np.empty((n * channels, 2, width + 2 * padding[1]), np.float32)
+    block = (address(x), n * channels, height, width, *size, *kernel, *stride, *padding)
+    launch(
+        "float_pool", new_block((*block, address(each), address(lines), address(out))), n * channels, x.size * NUMBER
+    )
     return out
 
 

@@ -39,6 +39,7 @@ KERNELS = {
     "gemm": "cpu_gemm",
     "border": "cpu_bits",
     "digits": "cpu_bits",
+    "float_pool": "cpu_pool",
     "pack_planes": "cpu_bits",
     "pack_rows": "cpu_bits",
     "pool": "cpu_bits",

@@ -1,0 +1,471 @@
+"""BitLab: the bits of a packed net, one dot product word by word, and what bits cost and save on this machine.
+
+    from qlab.widgets import BitLab
+
+    lab = BitLab(packed, x)     # as the last line of a cell: shows itself
+    lab.choose(layer="hidden.0", unit=3)
+    lab.look().result()         # runs the example; then lab.product is the dot product on view
+    lab.measure("cost")         # in the background; lab.stop() ends it, lab.cost has what there is
+
+No mathematics stands here: everything shown comes from `qlab.binary.inspect`. What takes time runs in a Job, so the kernel is
+never blocked; the weights are on screen before the net has run.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import pathlib
+import threading
+import time
+from collections.abc import Generator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import anywidget
+import traitlets
+from qlab.widgets.settings import parse_json
+
+from qlab.errors import InputError, QlabError
+from qlab.jobs import Job, Latest, Update, background
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+    from qlab.binary.cost import Cost, Crossover
+    from qlab.binary.dots import DotProduct, LayerBits, LayerRun
+    from qlab.binary.packed import PackedNet
+
+__all__ = ["BitLab"]
+
+_STATIC = pathlib.Path(__file__).parent / "static"
+_READY = "Ready. Predict the sign of the sum, then add word by word."
+_TIMED = 64  # examples in a timed batch, at most
+_DRAWN = 512 * 1024  # bytes of weights that are sent, at most: half a message
+_WIDEST = 256  # words of a unit that are drawn: a canvas has no more than 32,767 pixels
+_FIELDS = ("layer", "unit", "row", "column", "example")
+_MEASURES = ("cost", "crossover")
+
+
+class BitLab(anywidget.AnyWidget):
+    """A window into a packed net.
+
+    Args:
+        packed: as `qlab.binary.compile` or `qlab.binary.load` return it, with a layer that runs on bits.
+        x: (N, *input_shape), float32: the examples to look at; the first 64 are timed.
+        layer: a name of `qlab.binary.inspect.layers`; the first by default.
+        unit: output channel or neuron.
+        position: (row, column) of a convolution's result; the middle by default.
+        example: which of the batch.
+
+    Raises:
+        InputError: no packed net, no layer on bits, a wrong batch, unit, position or example.
+        UnknownNameError: there is no such layer.
+    """
+
+    _esm = _STATIC / "bitlab.js"
+    _css = _STATIC / "bitlab.css"
+
+    layers: traitlets.List[Any] = traitlets.List().tag(sync=True)
+    settings = traitlets.Dict().tag(sync=True)
+    weights = traitlets.Dict().tag(sync=True)
+    dot = traitlets.Dict().tag(sync=True)
+    size = traitlets.Dict().tag(sync=True)
+    latency = traitlets.Dict().tag(sync=True)
+    crossing = traitlets.Dict().tag(sync=True)
+    status = traitlets.Dict().tag(sync=True)
+    caption = traitlets.Unicode().tag(sync=True)
+
+    def __init__(
+        self,
+        packed: PackedNet,
+        x: Tensor,
+        layer: str | None = None,
+        unit: int = 0,
+        position: tuple[int, int] | None = None,
+        example: int = 0,
+    ) -> None:
+        from qlab.binary import inspect
+        from qlab.binary.cost import costing
+        from qlab.binary.packed import check_batch
+
+        names = inspect.layers(packed)
+        check_batch(x, packed.graph.input_shape, packed.graph.image)
+        self._packed, self._x = packed, x
+        self._grids = _grids(packed)
+        self._bits: dict[str, LayerBits] = {}
+        self._run: LayerRun | None = None
+        self._lock = threading.RLock()
+        self._job: Job | None = None
+        self._what = ""
+        self._said = _READY
+        self._follow = Latest(self._followed)
+        self.product: DotProduct | None = None
+        self.cost: Cost = next(costing(packed, x[:_TIMED], [])).value  # the bytes; nothing has run yet
+        self.crossover: Crossover | None = None
+        settings = self._checked(
+            {"layer": names[0] if layer is None else layer, "unit": unit, "example": example}
+            | ({} if position is None else dict(zip(("row", "column"), _pair(position), strict=True)))
+        )
+        super().__init__(
+            layers=[self._described(name) for name in names],
+            settings=settings,
+            weights=_packed_bits(self._bits[settings["layer"]]),
+            size=_sizes(self.cost),
+            status={"phase": "idle", "text": _READY, "fraction": 0.0, "at": 0.0},
+        )
+        self.caption = self._caption()
+        self.on_msg(self._on_message)
+
+    # ---- what a user calls --------------------------------------------------------------------------------------------
+
+    @property
+    def bits(self) -> LayerBits:
+        """The weights of the layer on view."""
+        return self._bits[self.settings["layer"]]
+
+    def choose(
+        self,
+        layer: str | None = None,
+        unit: int | None = None,
+        position: tuple[int, int] | None = None,
+        example: int | None = None,
+    ) -> Job | None:
+        """Look at another place; what is not given stays, as far as the layer has it.
+
+        Returns:
+            The job that runs the example, or None where that has been run already.
+
+        Raises:
+            InputError: no such unit, position or example; nothing is changed then.
+            UnknownNameError: there is no such layer.
+        """
+        given: dict[str, Any] = {"layer": layer, "unit": unit, "example": example}
+        if position is not None:
+            given |= dict(zip(("row", "column"), _pair(position), strict=True))
+        return self._choose({name: value for name, value in given.items() if value is not None})
+
+    def look(self) -> Job:
+        """Run the example through the net, in the background, and show the dot product."""
+        layer, example = self.settings["layer"], self.settings["example"]
+        return self._follow.submit(lambda: self._following(layer, example))
+
+    def measure(self, what: str = "cost", *, wait: bool = False) -> Job:
+        """Measure on this machine, in the background.
+
+        Args:
+            what: "cost" (seconds of a batch per backend) or "crossover" (the size from which packed products win).
+            wait: return when it has ended; a failure is raised then.
+
+        Raises:
+            InputError: something else, or while another measurement runs.
+        """
+        from qlab.binary.cost import costing, crossing
+
+        if what not in _MEASURES:
+            raise InputError(f"{what!r:.40} cannot be measured; expected one of {', '.join(_MEASURES)}.")
+        with self._lock:
+            if self._job is not None and not self._job.wait(0):
+                raise InputError(f"The {self._what} is being measured; stop that first.")
+            work = crossing() if what == "crossover" else costing(self._packed, self._x[:_TIMED])
+            job = self._job = Job(work, lambda job: self._measured(what, job), min_interval=0.1)
+            self._what = what
+            self._say("Getting ready to measure ...", phase=what, fraction=0.0)
+            job.start()
+        if wait:
+            job.result()
+        return job
+
+    def stop(self) -> None:
+        """Ask the measurement that is running to stop; what it has measured stays."""
+        with self._lock:
+            if self._job is not None and not self._job.wait(0):
+                self._job.cancel()
+
+    def figure(self) -> Figure:
+        """Return a static figure: the dot product once the example has run, the layer's weights before."""
+        return (self.bits if self.product is None else self.product).figure()
+
+    def state(self) -> dict[str, Any]:
+        """Return the view as a small dictionary of primitives (no arrays); see `from_state`."""
+        return {"widget": "BitLab", "version": 1, "settings": dict(self.settings)}
+
+    @classmethod
+    def from_state(cls, state: object, packed: PackedNet, x: Tensor) -> BitLab:
+        """Return a BitLab that looks at the same place of `packed` and `x`; `state` is a dictionary or its JSON text.
+
+        Raises:
+            InputError: for anything that `state()` does not write, or a place that there is not.
+        """
+        state = parse_json(state)
+        if not isinstance(state, dict) or set(state) != {"widget", "version", "settings"}:
+            raise InputError("the state is not one of BitLab.state(): a dictionary of widget, version and settings.")
+        if state["widget"] != "BitLab" or state["version"] != 1 or isinstance(state["version"], bool):
+            raise InputError(
+                f"the state is of {state['widget']!r:.40} version {state['version']!r:.20}; expected 'BitLab' version 1."
+            )
+        lab = cls(packed, x)
+        lab._choose(_fields(state["settings"]), look=False)
+        return lab
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Add what a reader without the kernel sees: a picture, and its numbers in words."""
+        bundle = super()._repr_mimebundle_(**kwargs)
+        data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
+        data["text/plain"] = f"BitLab. {self.caption}"
+        if self.product is not None:  # before the example has run a picture would only delay the first paint
+            buffer = io.BytesIO()
+            figure = self.figure()
+            figure.savefig(buffer, format="png")
+            data["image/png"] = base64.b64encode(buffer.getvalue()).decode()
+            metadata["image/png"] = {"alt": str(figure.get_label())}
+        return data, metadata
+
+    # ---- messages from the browser ------------------------------------------------------------------------------------
+
+    def _on_message(self, _: Any, content: Any, __: Any) -> None:
+        """Act on a message; what is wrong with it is shown, never raised into the kernel's loop."""
+        try:
+            kind = content.get("type") if isinstance(content, dict) else None
+            if kind == "ready":
+                if self._run is None:
+                    self.look()
+            elif kind == "choose":
+                self._choose(_fields({name: content[name] for name in _FIELDS if name in content}))
+            elif kind == "measure":
+                what = content.get("what")
+                self.measure(what if isinstance(what, str) else repr(what))
+            elif kind == "stop":
+                self.stop()
+            else:
+                raise InputError(f"the view sent an unknown message {kind!r:.40}.")
+        except Exception as error:
+            self._complain(error)
+
+    # ---- work -----------------------------------------------------------------------------------------------------------
+
+    def _choose(self, changes: Mapping[str, Any], *, look: bool = True) -> Job | None:
+        with self._lock:
+            before = dict(self.settings)
+            if changes.get("layer", before["layer"]) != before["layer"]:
+                # another layer: keep what it has too, and let the rest be its own
+                chosen = self._checked({"layer": changes["layer"], "example": before["example"]} | dict(changes))
+            else:
+                chosen = self._checked(before | dict(changes))
+            self.settings = chosen
+            if "error" in self.status:
+                self._say(self._said)
+            if chosen["layer"] != before["layer"]:
+                self.weights = _packed_bits(self.bits)
+            run = self._run
+            if run is not None and (run.bits.layer, run.example) == (chosen["layer"], chosen["example"]):
+                self._follow.cancel()
+                self._show(run)
+                return None
+            self.product = None
+            self.dot = {}
+            self.caption = self._caption()
+        return self.look() if look else None
+
+    def _following(self, layer: str, example: int) -> Generator[Update, None, None]:
+        from qlab.binary import inspect
+
+        backend = self._packed.backend if self._packed.backend in inspect.KEEP_WORDS else "numba"
+        run = yield from background(
+            lambda: inspect.follow(self._packed, self._x, layer, example, backend), "Running the example ..."
+        )
+        yield Update(1.0, "", run)
+
+    def _followed(self, job: Job) -> None:
+        """Show the layer that an example has run through; runs in the job's thread."""
+        if job.error is not None:
+            self._complain(job.error)
+        elif job.value is not None and job.status == "done":
+            with self._lock:
+                run = job.value
+                if (run.bits.layer, run.example) == (self.settings["layer"], self.settings["example"]):
+                    self._run = run
+                    self._show(run)
+
+    def _show(self, run: LayerRun) -> None:
+        s = self.settings
+        self.product = run.dot(s["unit"], (s["row"], s["column"]) if run.grid else None)
+        self.dot = _packed_dot(self.product, run)
+        self.caption = self._caption()
+
+    def _measured(self, what: str, job: Job) -> None:
+        """Show what a measurement has found; runs in the job's thread."""
+        if job.value is not None and what == "cost":
+            self.cost = job.value
+            self.latency = _latencies(job.value)
+        elif job.value is not None:
+            self.crossover = job.value
+            self.crossing = _crossing(job.value)
+        if job.status == "running":
+            self._say(job.text, phase=what, fraction=job.fraction)
+            return
+        self._say(
+            {"done": "Measured.", "cancelled": "Stopped."}.get(job.status, "The measurement failed."), fraction=1.0
+        )
+        if job.error is not None:
+            self._complain(job.error)
+
+    # ---- state of the view ----------------------------------------------------------------------------------------------
+
+    def _checked(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Return complete settings; a place that the layer does not have is told."""
+        from qlab.binary import inspect
+        from qlab.binary.dots import checked_index
+
+        name = fields["layer"]
+        if not isinstance(name, str) or name not in self._bits:
+            if name not in inspect.layers(self._packed):
+                inspect.dot(self._packed, self._x, name, 0)  # raises, and says what there is
+            self._bits[name] = inspect.bits(self._packed, name)
+        grid = self._grids[name]
+        chosen = {
+            "layer": name,
+            "unit": checked_index("unit", fields.get("unit", 0), self._bits[name].units),
+            "row": 0,
+            "column": 0,
+            "example": checked_index("example", fields.get("example", 0), len(self._x)),
+        }
+        if grid:
+            for axis, count in zip(("row", "column"), grid, strict=True):
+                chosen[axis] = checked_index(axis, fields.get(axis, count // 2), count)
+        elif fields.get("row") or fields.get("column"):
+            raise InputError(f"{name} is a linear layer and has no positions; leave row and column out.")
+        return chosen
+
+    def _described(self, name: str) -> dict[str, Any]:
+        from qlab.binary import inspect
+
+        bits = self._bits.setdefault(name, inspect.bits(self._packed, name))
+        kind = "convolution" if bits.op.endswith("conv2d") else "linear"
+        title = f"{name}: {kind}, {bits.units} units of {bits.k:,} signs"
+        return {
+            "name": name,
+            "title": title,
+            "units": bits.units,
+            "grid": list(self._grids[name]),
+            "examples": len(self._x),
+        }
+
+    def _caption(self) -> str:
+        return self.bits.summary() + ("" if self.product is None else f" {self.product.summary()}")
+
+    def _say(self, text: str, *, phase: str = "idle", fraction: float | None = None) -> None:
+        """Set the status line; an earlier error goes."""
+        self._said = text
+        kept = self.status.get("fraction", 0.0) if fraction is None else fraction
+        self.status = {"phase": phase, "text": text, "fraction": kept, "at": time.time()}
+
+    def _complain(self, error: BaseException) -> None:
+        """Show an error: one message for what a user can act on, with its kind for what is a bug."""
+        told = str(error) if isinstance(error, QlabError) else f"{type(error).__name__}: {error}"
+        self.status = {**self.status, "error": told, "at": time.time()}
+
+
+def _pair(position: object) -> tuple[Any, Any]:
+    if not isinstance(position, tuple | list) or len(position) != 2:
+        raise InputError(f"position is {position!r:.40}; expected (row, column)")
+    return position[0], position[1]
+
+
+def _fields(value: object) -> dict[str, Any]:
+    """Return fields of settings that came from outside; their values are checked against the net later."""
+    if not isinstance(value, dict) or not set(value) <= set(_FIELDS):
+        raise InputError(f"the settings are {value!r:.80}; expected a dictionary of {', '.join(_FIELDS)}.")
+    if "layer" in value and not isinstance(value["layer"], str):
+        raise InputError(f"layer is {value['layer']!r:.40}; expected a name.")
+    return value
+
+
+def _grids(packed: PackedNet) -> dict[str, tuple[int, ...]]:
+    """Return (OH, OW) of every layer on bits, () of a linear one."""
+    from qlab.binary.inspect import ON_BITS
+    from qlab.binary.shapes import infer
+
+    shapes = infer(packed.graph)
+    return {s.layer: tuple(shapes[s.outputs[0]][2:]) for s in packed.graph.steps if s.op in ON_BITS}
+
+
+# ---- what is sent to the browser; words are little-endian bytes, for JavaScript has no integers of 64 bits ----------------
+
+
+def _packed_bits(bits: LayerBits) -> dict[str, Any]:
+    flat = bits.words.reshape(bits.units, -1)
+    shown = flat[:, :_WIDEST]
+    shown = shown[: max(1, _DRAWN // shown[0].nbytes)]
+    return {
+        "layer": bits.layer,
+        "words": shown.astype("<u8").tobytes(),
+        "used": bits.used.astype("<u8").tobytes(),
+        "units": len(shown),
+        "width": shown.shape[1],
+        "left_out": [bits.units - len(shown), flat.shape[1] - shown.shape[1]],
+        "summary": bits.summary(),
+    }
+
+
+def _packed_dot(product: DotProduct, run: LayerRun) -> dict[str, Any]:
+    from qlab.binary.dots import NEVER, compared
+
+    words = {
+        name: getattr(product, name).astype("<u8").tobytes() for name in ("activation", "weight", "xor", "counted")
+    }
+    numbers = {
+        name: getattr(product, name).astype("<i4").tobytes() for name in ("taps", "first", "signs", "popcount", "sums")
+    }
+    threshold = product.threshold if product.threshold is not None and product.threshold != NEVER else None
+    outputs = None if run.outputs is None or not run.grid else run.outputs[product.unit].tobytes()
+    return {
+        **words,
+        **numbers,
+        "layer": product.layer,
+        "unit": product.unit,
+        "position": product.position,
+        "example": product.example,
+        "inside": product.inside.astype("u1").tobytes(),
+        "count": len(product.sums),
+        "k": product.k,
+        "z": product.z,
+        "simulated": product.simulated,
+        "threshold": threshold,
+        "bit": product.bit if product.decision is None else product.decision,
+        "verdict": _verdict(product)
+        if product.threshold is None
+        else compared(product.z, product.threshold, product.flip),
+        "outputs": outputs,
+        "summary": product.summary(),
+    }
+
+
+def _verdict(product: DotProduct) -> str:
+    """Return in words what becomes of a sum that is not compared at once."""
+    value = "" if product.value is None else f"Batch norm and what is added make it {product.value:.4g}."
+    sign = "" if product.bit is None else f" Its sign is {1 - 2 * product.bit:+d}."
+    return (value + sign).strip()
+
+
+def _sizes(cost: Cost) -> dict[str, Any]:
+    return {"packed": cost.nbytes, "float": cost.float_nbytes}
+
+
+def _latencies(cost: Cost) -> dict[str, Any]:
+    return {
+        "batch": cost.batch,
+        "rows": [{"name": name, "seconds": s} for name, s in cost.seconds.items()],
+        "where": f"{cost.device}, {cost.threads} threads",
+    }
+
+
+def _crossing(found: Crossover) -> dict[str, Any]:
+    from qlab.binary.cost import KINDS
+
+    return {
+        "kinds": KINDS,
+        "points": [vars(point) for point in found.points],
+        "smallest": {kind: {"words": found.smallest(kind), "packing": found.smallest(kind, True)} for kind in KINDS},
+        "summary": found.summary(),
+    }
