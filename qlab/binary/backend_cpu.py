@@ -120,6 +120,7 @@ class Numba(Words):
             and norm.outputs[0] != graph.output
             and _plain(pool)
         }
+        self.fixed = {step.outputs[0]: self._arguments(step) for step in graph.steps if step.op.startswith("binary")}
         self.panels = {step.outputs[0]: _panels(step, graph) for step in graph.steps if "weight" in step.tensors}
 
     def run(self, x: Tensor, observe: Observe | None = None) -> Tensor:
@@ -147,7 +148,8 @@ class Numba(Words):
         signs = None if weight is None else torch.where(weight < 0, -1.0, 1.0).numpy()
         window = (tuple(o["kernel"]), tuple(o["stride"]), tuple(o["padding"]))
         y = torch.from_numpy(cpu.float_max_pool2d(x.numpy(), *window, signs))
-        return (y,) if norm is None else super().step(norm, [y])
+        (y,) = (y,) if norm is None else super().step(norm, [y])
+        return (y.contiguous(memory_format=torch.channels_last),)  # as packing and shortcuts want it
 
     def image_weight(self, step: Step) -> Any:
         """Return the weights of a layer on bit planes as panels."""
@@ -166,37 +168,37 @@ class Numba(Words):
 
     def binary_conv2d(self, step: Step, x: np.ndarray, *residual: Tensor) -> Any:
         """Return a convolution of packed signs, with what follows it."""
-        o, panels, out = step.options, self.panels[step.outputs[0]], self.out[step.outputs[0]]
-        pairs = (tuple(o[name]) for name in ("stride", "padding", "dilation"))
-        window: dict[str, Any] = dict(zip(("stride", "padding", "dilation"), pairs, strict=True))
-        window |= {"groups": o["groups"], "pad": o["pad"]}
+        name, fixed = step.outputs[0], self.fixed[step.outputs[0]]
         if "threshold" in step.tensors:
-            threshold, flip = self.words(step, "threshold"), self.words(step, "flip")
-            return cpu.conv2d_threshold(x, panels, o["channels"], threshold, flip, **window, out=out)
+            return cpu.conv2d_threshold(x, self.panels[name], **fixed, out=self.out[name])
         if "alpha" not in step.tensors:
-            return torch.from_numpy(cpu.binary_conv2d(x, panels, o["channels"], **window)).float().movedim(-1, 1)
-        rest = self._floats_after(step, residual) | window
-        return _given(cpu.conv2d_affine(x, panels, o["channels"], **rest, out=out))
+            return torch.from_numpy(cpu.binary_conv2d(x, self.panels[name], **fixed)).float().movedim(-1, 1)
+        shortcut = _channels_last(residual[0]) if residual else None
+        return _given(cpu.conv2d_affine(x, self.panels[name], **fixed, residual=shortcut, out=self.out[name]))
 
     def binary_linear(self, step: Step, x: np.ndarray, *residual: Tensor) -> Any:
         """Return a product of packed signs, with what follows it."""
-        panels, out, k = self.panels[step.outputs[0]], self.out[step.outputs[0]], step.options["features"]
+        name, fixed = step.outputs[0], self.fixed[step.outputs[0]]
         if "threshold" in step.tensors:
-            threshold, flip = self.words(step, "threshold"), self.words(step, "flip")
-            return cpu.matmul_threshold(x, panels, k, threshold, flip, out=out)
+            return cpu.matmul_threshold(x, self.panels[name], **fixed, out=self.out[name])
         if "alpha" not in step.tensors:
-            return torch.from_numpy(cpu.binary_matmul(x, panels, k)).float()
-        return _given(cpu.matmul_affine(x, panels, k, **self._floats_after(step, residual), out=out))
+            return torch.from_numpy(cpu.binary_matmul(x, self.panels[name], **fixed)).float()
+        shortcut = _channels_last(residual[0]) if residual else None
+        return _given(cpu.matmul_affine(x, self.panels[name], **fixed, residual=shortcut, out=self.out[name]))
 
-    def _floats_after(self, step: Step, residual: tuple[Tensor, ...]) -> dict[str, Any]:
-        """Return what a kernel needs to go on to floats: batch norm, shortcut, and whether their signs are packed too."""
-        return {
-            "alpha": self.words(step, "alpha"),
-            "beta": self.words(step, "beta"),
-            "fused": step.options["fused"],
-            "residual": _channels_last(residual[0]) if residual else None,
-            "also_pack": len(step.outputs) == 2,
+    def _arguments(self, step: Step) -> dict[str, Any]:
+        """Return what a binary layer's kernel takes besides values and weights."""
+        o = step.options
+        fixed: dict[str, Any] = {"k": o["features"]} if step.op == "binary_linear" else {"channels": o["channels"]}
+        if step.op == "binary_conv2d":
+            fixed |= {name: tuple(o[name]) for name in ("stride", "padding", "dilation")}
+            fixed |= {"groups": o["groups"], "pad": o["pad"]}
+        fixed |= {
+            role: self.words(step, role) for role in ("threshold", "flip", "alpha", "beta") if role in step.tensors
         }
+        if "alpha" in step.tensors:
+            fixed |= {"fused": o["fused"], "also_pack": len(step.outputs) == 2}
+        return fixed
 
     def max_pool_bits(self, step: Step, x: np.ndarray) -> np.ndarray:
         """Return the packed maximum, negated in flipped channels."""
