@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import anywidget
 import traitlets
+from qlab.widgets import payload
 from qlab.widgets.settings import parse_json
 
 from qlab.errors import InputError, QlabError
@@ -41,8 +42,6 @@ __all__ = ["BitLab"]
 _STATIC = pathlib.Path(__file__).parent / "static"
 _READY = "Ready. Predict the sign of the sum, then add word by word."
 _TIMED = 64  # examples in a timed batch, at most
-_DRAWN = 512 * 1024  # bytes of weights that are sent, at most: half a message
-_WIDEST = 256  # words of a unit that are drawn: a canvas has no more than 32,767 pixels
 _FIELDS = ("layer", "unit", "row", "column", "example")
 _MEASURES = ("cost", "crossover")
 
@@ -92,7 +91,7 @@ class BitLab(anywidget.AnyWidget):
         names = inspect.layers(packed)
         check_batch(x, packed.graph.input_shape, packed.graph.image)
         self._packed, self._x = packed, x
-        self._grids = _grids(packed)
+        self._grids = payload.grids(packed)
         self._bits: dict[str, LayerBits] = {}
         self._run: LayerRun | None = None
         self._lock = threading.RLock()
@@ -110,8 +109,8 @@ class BitLab(anywidget.AnyWidget):
         super().__init__(
             layers=[self._described(name) for name in names],
             settings=settings,
-            weights=_packed_bits(self._bits[settings["layer"]]),
-            size=_sizes(self.cost),
+            weights=payload.packed_bits(self._bits[settings["layer"]]),
+            size=payload.sizes(self.cost),
             status={"phase": "idle", "text": _READY, "fraction": 0.0, "at": 0.0},
         )
         self.caption = self._caption()
@@ -256,7 +255,7 @@ class BitLab(anywidget.AnyWidget):
             if "error" in self.status:
                 self._say(self._said)
             if chosen["layer"] != before["layer"]:
-                self.weights = _packed_bits(self.bits)
+                self.weights = payload.packed_bits(self.bits)
             run = self._run
             if run is not None and (run.bits.layer, run.example) == (chosen["layer"], chosen["example"]):
                 self._follow.cancel()
@@ -290,17 +289,17 @@ class BitLab(anywidget.AnyWidget):
     def _show(self, run: LayerRun) -> None:
         s = self.settings
         self.product = run.dot(s["unit"], (s["row"], s["column"]) if run.grid else None)
-        self.dot = _packed_dot(self.product, run)
+        self.dot = payload.packed_dot(self.product, run)
         self.caption = self._caption()
 
     def _measured(self, what: str, job: Job) -> None:
         """Show what a measurement has found; runs in the job's thread."""
         if job.value is not None and what == "cost":
             self.cost = job.value
-            self.latency = _latencies(job.value)
+            self.latency = payload.latencies(job.value)
         elif job.value is not None:
             self.crossover = job.value
-            self.crossing = _crossing(job.value)
+            self.crossing = payload.crossing(job.value)
         if job.status == "running":
             self._say(job.text, phase=what, fraction=job.fraction)
             return
@@ -379,93 +378,3 @@ def _fields(value: object) -> dict[str, Any]:
     if "layer" in value and not isinstance(value["layer"], str):
         raise InputError(f"layer is {value['layer']!r:.40}; expected a name.")
     return value
-
-
-def _grids(packed: PackedNet) -> dict[str, tuple[int, ...]]:
-    """Return (OH, OW) of every layer on bits, () of a linear one."""
-    from qlab.binary.inspect import ON_BITS
-    from qlab.binary.shapes import infer
-
-    shapes = infer(packed.graph)
-    return {s.layer: tuple(shapes[s.outputs[0]][2:]) for s in packed.graph.steps if s.op in ON_BITS}
-
-
-# ---- what is sent to the browser; words are little-endian bytes, for JavaScript has no integers of 64 bits ----------------
-
-
-def _packed_bits(bits: LayerBits) -> dict[str, Any]:
-    flat = bits.words.reshape(bits.units, -1)
-    shown = flat[:, :_WIDEST]
-    shown = shown[: max(1, _DRAWN // shown[0].nbytes)]
-    return {
-        "layer": bits.layer,
-        "words": shown.astype("<u8").tobytes(),
-        "used": bits.used.astype("<u8").tobytes(),
-        "units": len(shown),
-        "width": shown.shape[1],
-        "left_out": [bits.units - len(shown), flat.shape[1] - shown.shape[1]],
-        "summary": bits.summary(),
-    }
-
-
-def _packed_dot(product: DotProduct, run: LayerRun) -> dict[str, Any]:
-    from qlab.binary.dots import NEVER, compared
-
-    words = {
-        name: getattr(product, name).astype("<u8").tobytes() for name in ("activation", "weight", "xor", "counted")
-    }
-    numbers = {
-        name: getattr(product, name).astype("<i4").tobytes() for name in ("taps", "first", "signs", "popcount", "sums")
-    }
-    threshold = product.threshold if product.threshold is not None and product.threshold != NEVER else None
-    outputs = None if run.outputs is None or not run.grid else run.outputs[product.unit].tobytes()
-    return {
-        **words,
-        **numbers,
-        "layer": product.layer,
-        "unit": product.unit,
-        "position": product.position,
-        "example": product.example,
-        "inside": product.inside.astype("u1").tobytes(),
-        "count": len(product.sums),
-        "k": product.k,
-        "z": product.z,
-        "simulated": product.simulated,
-        "threshold": threshold,
-        "bit": product.bit if product.decision is None else product.decision,
-        "verdict": _verdict(product)
-        if product.threshold is None
-        else compared(product.z, product.threshold, product.flip),
-        "outputs": outputs,
-        "summary": product.summary(),
-    }
-
-
-def _verdict(product: DotProduct) -> str:
-    """Return in words what becomes of a sum that is not compared at once."""
-    value = "" if product.value is None else f"Batch norm and what is added make it {product.value:.4g}."
-    sign = "" if product.bit is None else f" Its sign is {1 - 2 * product.bit:+d}."
-    return (value + sign).strip()
-
-
-def _sizes(cost: Cost) -> dict[str, Any]:
-    return {"packed": cost.nbytes, "float": cost.float_nbytes}
-
-
-def _latencies(cost: Cost) -> dict[str, Any]:
-    return {
-        "batch": cost.batch,
-        "rows": [{"name": name, "seconds": s} for name, s in cost.seconds.items()],
-        "where": f"{cost.device}, {cost.threads} threads",
-    }
-
-
-def _crossing(found: Crossover) -> dict[str, Any]:
-    from qlab.binary.cost import KINDS
-
-    return {
-        "kinds": KINDS,
-        "points": [vars(point) for point in found.points],
-        "smallest": {kind: {"words": found.smallest(kind), "packing": found.smallest(kind, True)} for kind in KINDS},
-        "summary": found.summary(),
-    }

@@ -12,11 +12,12 @@ import subprocess
 import pytest
 
 WIDGETS = pathlib.Path(__file__).parents[2] / "widgets"
-BUNDLES = ("studio.js", "studio.css")
+BUNDLES = ("studio.js", "studio.css", "bitlab.js", "bitlab.css")
 
 
-def test_the_bundle_is_within_its_budget() -> None:
-    assert (WIDGETS / "static" / "studio.js").stat().st_size < 200_000
+@pytest.mark.parametrize("name", ["studio.js", "bitlab.js"])
+def test_the_bundle_of_a_view_is_within_its_budget(name: str) -> None:
+    assert (WIDGETS / "static" / name).stat().st_size < 200_000
 
 
 @pytest.mark.parametrize("source", sorted((WIDGETS / "src").glob("*.js")), ids=lambda p: p.name)
