@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import qlab
 from qlab.cli import _parser
 from qlab.data import DATA
 from qlab.methods import hyperparameters
@@ -65,7 +66,7 @@ def test_make_targets_that_are_named_exist() -> None:
 
 
 def test_first_lines_of_python_run(capsys: pytest.CaptureFixture[str]) -> None:
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     assert len([line for line in code.splitlines() if line]) <= 5
     names: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), names)
@@ -74,11 +75,27 @@ def test_first_lines_of_python_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert net.startswith("MLP(")
 
 
+def test_the_lines_on_packed_bits_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, code = blocks("python")
+    data = qlab.data.load("two_moons", n=400)
+    net = qlab.build("mlp", (2,), 2, hidden=(16, 16), seed=0)
+    method = qlab.methods.create("ste", net, activations="sign", keep=["first", "last"])
+    names = {
+        "qlab": qlab,
+        "run": qlab.fit(method, data, epochs=1, progress=False),
+        "x": data.transform(data.split("test").x),
+    }
+    exec(compile(code, "README.md", "exec"), names)
+    assert names["packed"].certificate.exact  # type: ignore[attr-defined]
+    assert qlab.binary.load(tmp_path / "net.safetensors").graph.layers == names["packed"].graph.layers  # type: ignore[attr-defined]
+
+
 def test_commands_are_understood() -> None:
     seen = set()
     for _, command, *rest in commands():
         seen.add(command)
-        if command in ("methods", "describe", "reproduce", "bench"):
+        if command in ("methods", "describe", "pack", "reproduce", "bench"):
             assert _parser().parse_args([command, *rest]).command == command
             continue
         options = dict(zip(rest[::2], rest[1::2], strict=True))
@@ -92,7 +109,7 @@ def test_commands_are_understood() -> None:
                 assert option.removeprefix("--data.") in inspect.signature(DATA.load(str(data))).parameters
             else:
                 assert option in ("--method", "--data", "--ckpt_path", "--trainer.max_epochs")
-    assert seen == {"methods", "describe", "fit", "test", "reproduce", "bench"}
+    assert seen == {"methods", "describe", "fit", "test", "pack", "reproduce", "bench"}
 
 
 def test_the_picture_is_one_and_small() -> None:

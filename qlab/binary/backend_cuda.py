@@ -13,6 +13,7 @@ from torch import Tensor
 
 from qlab.binary.backends import Backend
 from qlab.binary.bits import WORD
+from qlab.binary.floats import inexact
 from qlab.binary.graph import Graph, Step
 
 __all__ = ["Cuda"]
@@ -31,6 +32,7 @@ class Cuda(Backend):
 
     def __init__(self, graph: Graph, kernels: ModuleType | Any = None, device: str = "cuda") -> None:
         super().__init__(graph, device)
+        self.promised = self.device.type == "cpu" or not inexact(graph)
         if kernels is None:
             from qlab.binary.kernels import cuda as kernels
         self.kernels = kernels

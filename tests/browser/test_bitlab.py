@@ -12,6 +12,7 @@ from tests.browser.test_studio import keep, open_notebook, run_first_cell
 pytestmark = pytest.mark.browser
 
 BITLAB = ".ql-bitlab[data-painted=true]"
+MINUS = "\N{MINUS SIGN}"
 WAIT_MS = 180_000  # patience with a busy machine that first has to import PyTorch and compile kernels
 NET = """import torch, qlab
 from qlab.quantizers import Sign
@@ -89,7 +90,7 @@ def test_a_dot_product_is_guessed_and_stepped_through(page: Any, lab: Lab, theme
     page.keyboard.press("Shift+Enter")
     page.wait_for_selector('.jp-OutputArea-output:has-text("z is")')
     z = page.locator(".jp-OutputArea-output", has_text="z is").inner_text().split()[2]
-    assert f"The sum is {z.replace('-', '−')};" in result
+    assert f"The sum is {z.replace('-', MINUS)};" in result
 
 
 def test_another_layer_and_unit_are_chosen_from_the_keyboard(page: Any, lab: Lab) -> None:

@@ -1,28 +1,12 @@
 // BitLab: the bits of a layer, one dot product word by word, and what bits cost here. State comes from Python, messages go to Python.
 
-import { scaleLog } from "d3-scale";
 import { field, h, octets, select, uid } from "./dom.js";
+import { bars, gains, minus, runningSum } from "./sums.js";
+import { halves, ints, Picture, wordRows } from "./words.js";
 
-const CELL = 3; // pixels of one bit in the picture
-const SVG = "http://www.w3.org/2000/svg";
 const PLAY_MS = 700;
+const SHOWN = 4; // rows of the table of words
 
-/** Words as pairs of 32-bit halves: JavaScript has no integers of 64 bits that are quick. */
-function halves(buffer) {
-  const bytes = octets(buffer);
-  return new Uint32Array(bytes.slice().buffer);
-}
-const bitOf = (words, word, i) => (words[2 * word + (i >> 5)] >>> (i & 31)) & 1;
-const ints = (buffer) => new Int32Array(octets(buffer).slice().buffer);
-
-function svg(tag, attributes, text) {
-  const element = document.createElementNS(SVG, tag);
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, String(value));
-  if (text !== undefined) element.textContent = text;
-  return element;
-}
-
-const seconds = (s) => (s >= 1 ? `${s.toFixed(2)} s` : s >= 1e-3 ? `${(1e3 * s).toFixed(2)} ms` : `${(1e6 * s).toFixed(1)} µs`);
 const kilobytes = (n) => `${(n / 1024).toLocaleString("en", { maximumFractionDigits: 1 })} KB`;
 
 class View {
@@ -47,8 +31,7 @@ class View {
       column: field("Column", this.inputs.column),
       example: field("Example", this.inputs.example),
     };
-    this.picture = h("canvas", { role: "img" });
-    this.pictureNote = h("p", { class: "ql-muted" });
+    this.picture = new Picture((unit) => this.choose({ unit }));
     const guessName = uid("guess");
     const guess = (value, text) => {
       const input = h("input", { type: "radio", name: guessName, value, onchange: () => this.predict(value) });
@@ -62,7 +45,8 @@ class View {
       end: h("button", { text: "To the end", onclick: () => this.go(Infinity) }),
     };
     this.word = h("div", { class: "ql-word" });
-    this.sums = h("table", { class: "ql-sums" });
+    this.running = h("div");
+    this.sums = h("table", { class: "ql-sums", "aria-label": "the last words that were added" });
     this.result = h("p", { class: "ql-result", "aria-live": "polite" });
     this.sizes = h("p");
     this.bars = h("div", { class: "ql-bars" });
@@ -74,7 +58,7 @@ class View {
     };
     this.status = h("p", { class: "ql-status", role: "status" });
     this.error = h("p", { class: "ql-error", role: "alert" });
-    this.caption = h("p", { class: "ql-muted ql-caption" });
+    this.caption = h("p", { class: "ql-caption" });
     this.root = h(
       "div",
       { class: "ql-studio ql-bitlab" },
@@ -86,7 +70,7 @@ class View {
         h(
           "div",
           { class: "ql-columns" },
-          h("section", {}, h("h4", { text: "The layer's bits: dark is −1, light is +1" }), h("div", { class: "ql-scroll" }, this.picture), this.pictureNote),
+          h("section", {}, h("h4", { text: "The layer's bits: dark is −1, light is +1" }), this.picture.node),
           h(
             "section",
             {},
@@ -94,6 +78,7 @@ class View {
             this.guesses,
             h("div", { class: "ql-row" }, ...Object.values(this.buttons)),
             this.word,
+            this.running,
             this.sums,
             this.result,
           ),
@@ -158,49 +143,25 @@ class View {
       input.max = (most[name] ?? 1) - 1;
       input.value = settings[name];
     }
-    this.drawPicture();
+    this.markUnit();
   }
 
   drawPicture() {
-    const w = this.model.get("weights");
-    const words = halves(w.words);
-    const used = halves(w.used);
-    const [units, width] = [w.units, w.width];
-    const context = this.picture.getContext("2d");
-    this.picture.width = 64 * width * CELL;
-    this.picture.height = units * CELL;
-    const style = getComputedStyle(this.root);
-    const colours = { minus: style.getPropertyValue("--ql-0"), plus: "#f4f1e6", padding: "#9e9e9e", mark: style.getPropertyValue("--ql-1") };
-    for (let unit = 0; unit < units; unit += 1) {
-      for (let i = 0; i < 64 * width; i += 1) {
-        const counts = bitOf(used, i >> 6, i & 63);
-        context.fillStyle = counts ? (bitOf(words, unit * width + (i >> 6), i & 63) ? colours.minus : colours.plus) : colours.padding;
-        context.fillRect(i * CELL, unit * CELL, CELL, CELL);
-        if (!counts) {
-          context.fillStyle = "#fff"; // a dot: padding is told apart without colour
-          context.fillRect(i * CELL + 1, unit * CELL + 1, 1, 1);
-        }
-      }
-    }
-    const { unit } = this.model.get("settings");
-    if (unit < units) {
-      context.strokeStyle = colours.mark;
-      context.lineWidth = 2;
-      context.strokeRect(1, Math.max(1, unit * CELL - 1), this.picture.width - 2, CELL + 2);
-    }
-    this.picture.setAttribute("aria-label", w.summary);
-    const [rows, columns] = w.left_out;
-    const more = [rows ? `${rows} more units` : "", columns ? `${columns} more words of each` : ""].filter(Boolean).join(" and ");
-    this.pictureNote.textContent = `One row is one unit, ${64 * width} bits; the framed one is unit ${unit}. Grey with a dot: padding, which never counts.${more ? ` Not drawn: ${more}.` : ""}`;
+    this.picture.draw(this.model.get("weights"));
+    this.markUnit();
+  }
+
+  markUnit() {
+    const weights = this.model.get("weights");
+    this.picture.mark(this.model.get("settings").unit, weights);
   }
 
   // ---- one dot product
 
   restart() {
-    clearInterval(this.timer);
-    this.timer = undefined;
+    this.pause();
     const dot = this.model.get("dot");
-    this.dot = dot.words === undefined && dot.count ? dot : null;
+    this.dot = dot.count ? dot : null;
     if (this.dot) {
       this.data = {
         ...Object.fromEntries(["activation", "weight", "xor", "counted"].map((name) => [name, halves(dot[name])])),
@@ -251,6 +212,7 @@ class View {
     }
     this.root.dataset.step = String(this.step);
     this.word.replaceChildren();
+    this.running.replaceChildren();
     this.sums.replaceChildren();
     this.result.textContent = "";
     if (!this.dot) {
@@ -275,38 +237,24 @@ class View {
     const where = `Word ${t + 1} of ${this.dot.count}: ${tap}from element ${d.first[t]}`;
     const outside = d.inside[t] ? "" : "; outside the picture, it counts nothing";
     this.word.append(h("p", { text: where + outside }));
-    const rows = [
-      ["activation", "activations", "−", "+"],
-      ["weight", "weights", "−", "+"],
-      ["xor", "xor: where they differ", "≠", "="],
-    ];
-    for (const [name, label, one, zero] of rows) {
-      const cells = h("div", { class: "ql-cells", role: "img" });
-      for (let i = 0; i < 64; i += 1) {
-        const counts = bitOf(d.counted, t, i);
-        const bit = bitOf(d[name], t, i);
-        cells.append(h("span", { class: counts ? `ql-bit-${name === "xor" ? "x" : "s"}${bit}` : "ql-bit-none", text: counts ? (bit ? one : zero) : "·" }));
-      }
-      cells.setAttribute("aria-label", `${label} of word ${t + 1}`);
-      this.word.append(h("div", { class: "ql-bits" }, h("span", { class: "ql-muted", text: label }), cells));
-    }
+    this.word.append(...wordRows(d, t));
   }
 
   drawSums() {
     const d = this.data;
+    this.running.append(runningSum(Array.from(d.sums), this.step, this.dot.threshold));
     this.sums.append(h("tr", {}, ...["word", "signs n", "popcount p", "n − 2p", "sum"].map((text) => h("th", { scope: "col", text }))));
-    for (let t = Math.max(0, this.step - 6); t < this.step; t += 1) {
+    for (let t = Math.max(0, this.step - SHOWN); t < this.step; t += 1) {
       const cells = [t + 1, d.signs[t], d.popcount[t], d.signs[t] - 2 * d.popcount[t], d.sums[t]];
-      this.sums.append(h("tr", {}, ...cells.map((value) => h("td", { text: String(value).replace("-", "−") }))));
+      this.sums.append(h("tr", {}, ...cells.map((value) => h("td", { text: minus(value) }))));
     }
   }
 
   drawResult() {
-    const { z, simulated, verdict, bit } = this.dot;
+    const { z, simulated, verdict } = this.dot;
     const right = (z >= 0 ? 1 : -1) === this.guess;
     const next = verdict ? ` ${verdict}` : "";
-    const out = bit === null || bit === undefined ? "" : ` The bit that goes on is ${bit}.`;
-    this.result.textContent = `The sum is ${z}; the float simulation says ${simulated}. You guessed ${right ? "right" : "wrong"}.${next}${out}`.replaceAll(" -", " −");
+    this.result.textContent = `The sum is ${z}; the float simulation says ${simulated}. You guessed ${right ? "right" : "wrong"}.${next}`.replaceAll(" -", " −");
   }
 
   // ---- cost
@@ -317,52 +265,11 @@ class View {
   }
 
   drawBars() {
-    const { rows, batch, where } = this.model.get("latency");
-    this.bars.replaceChildren();
-    if (!rows) return;
-    const most = Math.max(...rows.map((row) => row.seconds));
-    const x = scaleLog().domain([Math.min(...rows.map((row) => row.seconds)) / 2, most]).range([0, 100]);
-    for (const row of rows) {
-      const bar = h("div", { class: "ql-bar" });
-      bar.style.width = `${x(row.seconds)}%`;
-      this.bars.append(h("div", { class: "ql-bar-row" }, h("span", { text: row.name }), h("div", { class: "ql-bar-track" }, bar), h("span", { text: seconds(row.seconds) })));
-    }
-    this.bars.append(h("p", { class: "ql-muted", text: `Batch of ${batch}, logarithmic lengths; ${where}.` }));
+    this.bars.replaceChildren(...bars(this.model.get("latency")));
   }
 
   drawCrossing() {
-    const { kinds, points, smallest, summary } = this.model.get("crossing");
-    this.crossing.replaceChildren();
-    if (!points || points.length < 2) return;
-    const [width, height, left, bottom] = [320, 190, 52, 34];
-    const label = summary;
-    const chart = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label, class: "ql-chart" });
-    const gains = points.flatMap((p) => [p.gain, p.packing_gain]);
-    const x = scaleLog().domain([Math.min(...points.map((p) => p.n)), Math.max(...points.map((p) => p.n))]).range([left, width - 8]);
-    const y = scaleLog().domain([Math.min(0.5, ...gains), Math.max(2, ...gains)]).range([height - bottom, 8]);
-    const ticks = (scale) => scale.ticks().filter((v) => Number.isInteger(Math.round(1e6 * Math.log10(v)) / 1e6));
-    for (const v of ticks(y)) {
-      chart.append(svg("line", { x1: left, x2: width - 8, y1: y(v), y2: y(v), class: v === 1 ? "ql-even" : "ql-grid" }));
-      chart.append(svg("text", { x: left - 6, y: y(v) + 4, "text-anchor": "end" }, `${v}×`));
-    }
-    for (const v of [...new Set(points.map((p) => p.n))].filter((_, i, all) => i % Math.ceil(all.length / 5) === 0)) {
-      chart.append(svg("text", { x: x(v), y: height - bottom + 16, "text-anchor": "middle" }, v));
-    }
-    chart.append(svg("text", { x: (left + width) / 2, y: height - 3, "text-anchor": "middle" }, "size n"));
-    Object.keys(kinds).forEach((kind, i) => {
-      for (const [key, dash] of [["gain", "none"], ["packing_gain", "4 3"]]) {
-        const line = points.filter((p) => p.kind === kind);
-        if (line.length < 2) continue;
-        const d = line.map((p, j) => `${j ? "L" : "M"}${x(p.n)},${y(p[key])}`).join("");
-        chart.append(svg("path", { d, class: `ql-line ql-line-${i}`, "stroke-dasharray": dash, "data-points": line.length }));
-      }
-    });
-    this.crossing.append(h("p", { text: "Gain over float32; above the line bits win. Dashed: packing of the activations included." }), chart);
-    for (const [i, [kind, title]] of Object.entries(kinds).entries()) {
-      const s = smallest[kind];
-      const said = s.words === null ? "bits did not win at the sizes measured" : `bits win from n = ${s.words}${s.packing === null ? "" : `, with packing from n = ${s.packing}`}`;
-      this.crossing.append(h("p", { class: "ql-key" }, h("span", { class: `ql-swatch ql-swatch-${i}` }), `${title}: ${said}.`));
-    }
+    this.crossing.replaceChildren(...gains(this.model.get("crossing")));
   }
 
   // ---- status
