@@ -289,7 +289,7 @@ class BitLab(anywidget.AnyWidget):
     def _show(self, run: LayerRun) -> None:
         s = self.settings
         self.product = run.dot(s["unit"], (s["row"], s["column"]) if run.grid else None)
-        self.dot = payload.packed_dot(self.product, run)
+        self.dot = payload.packed_dot(self.product)
         self.caption = self._caption()
 
     def _measured(self, what: str, job: Job) -> None:

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qlab.binary.cost import Cost, Crossover
-    from qlab.binary.dots import DotProduct, LayerBits, LayerRun
+    from qlab.binary.dots import DotProduct, LayerBits
     from qlab.binary.packed import PackedNet
 
 __all__ = ["crossing", "grids", "latencies", "packed_bits", "packed_dot", "sizes"]
 
 _DRAWN = 512 * 1024  # bytes of weights that are sent, at most: half a message
-_WIDEST = 256  # words of a unit that are drawn: a canvas has no more than 32,767 pixels
+_WIDEST = 160  # words of a unit that are drawn, at 3 pixels a bit: a canvas is at most 32,767 pixels wide
 
 
 def grids(packed: PackedNet) -> dict[str, tuple[int, ...]]:
@@ -25,6 +25,7 @@ def grids(packed: PackedNet) -> dict[str, tuple[int, ...]]:
 
 
 def packed_bits(bits: LayerBits) -> dict[str, Any]:
+    """Return the words of a layer, as far as they are drawn: `units` rows of `width` words."""
     flat = bits.words.reshape(bits.units, -1)
     shown = flat[:, :_WIDEST]
     shown = shown[: max(1, _DRAWN // shown[0].nbytes)]
@@ -39,7 +40,8 @@ def packed_bits(bits: LayerBits) -> dict[str, Any]:
     }
 
 
-def packed_dot(product: DotProduct, run: LayerRun) -> dict[str, Any]:
+def packed_dot(product: DotProduct) -> dict[str, Any]:
+    """Return one dot product: words as 64-bit, numbers as 32-bit integers."""
     from qlab.binary.dots import NEVER, compared
 
     words = {
@@ -49,7 +51,6 @@ def packed_dot(product: DotProduct, run: LayerRun) -> dict[str, Any]:
         name: getattr(product, name).astype("<i4").tobytes() for name in ("taps", "first", "signs", "popcount", "sums")
     }
     threshold = product.threshold if product.threshold is not None and product.threshold != NEVER else None
-    outputs = None if run.outputs is None or not run.grid else run.outputs[product.unit].tobytes()
     return {
         **words,
         **numbers,
@@ -63,12 +64,9 @@ def packed_dot(product: DotProduct, run: LayerRun) -> dict[str, Any]:
         "z": product.z,
         "simulated": product.simulated,
         "threshold": threshold,
-        "bit": product.bit if product.decision is None else product.decision,
         "verdict": _verdict(product)
         if product.threshold is None
         else compared(product.z, product.threshold, product.flip),
-        "outputs": outputs,
-        "summary": product.summary(),
     }
 
 
@@ -80,10 +78,12 @@ def _verdict(product: DotProduct) -> str:
 
 
 def sizes(cost: Cost) -> dict[str, Any]:
+    """Return bytes of the packed net, and with float weights."""
     return {"packed": cost.nbytes, "float": cost.float_nbytes}
 
 
 def latencies(cost: Cost) -> dict[str, Any]:
+    """Return median seconds of a batch per backend."""
     return {
         "batch": cost.batch,
         "rows": [{"name": name, "seconds": s} for name, s in cost.seconds.items()],
@@ -92,6 +92,7 @@ def latencies(cost: Cost) -> dict[str, Any]:
 
 
 def crossing(found: Crossover) -> dict[str, Any]:
+    """Return what was measured at each size, and from which sizes on packed products win."""
     from qlab.binary.cost import KINDS
 
     return {

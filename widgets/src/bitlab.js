@@ -215,6 +215,7 @@ class View {
     this.running.replaceChildren();
     this.sums.replaceChildren();
     this.result.textContent = "";
+    this.drawCaption();
     if (!this.dot) {
       this.word.append(h("p", { class: "ql-muted", text: "Running the example ..." }));
       return;
@@ -251,10 +252,11 @@ class View {
   }
 
   drawResult() {
-    const { z, simulated, verdict } = this.dot;
+    const { z, k, simulated, verdict } = this.dot;
     const right = (z >= 0 ? 1 : -1) === this.guess;
     const next = verdict ? ` ${verdict}` : "";
-    this.result.textContent = `The sum is ${z}; the float simulation says ${simulated}. You guessed ${right ? "right" : "wrong"}.${next}`.replaceAll(" -", " −");
+    const p = this.data.popcount.reduce((total, n) => total + n, 0);
+    this.result.textContent = `K − 2 popcount = ${k} − 2 · ${p}: the sum is ${z}; the float simulation says ${simulated}. You guessed ${right ? "right" : "wrong"}.${next}`.replaceAll(" -", " −");
   }
 
   // ---- cost
@@ -287,7 +289,8 @@ class View {
   }
 
   drawCaption() {
-    this.caption.textContent = this.guess === null || !this.dot || this.step < this.dot.count ? "" : this.model.get("caption");
+    const told = this.dot && this.step === this.dot.count; // the caption gives the sum away
+    this.caption.textContent = told ? this.model.get("caption") : this.model.get("weights").summary;
   }
 }
 
