@@ -87,7 +87,7 @@ def latencies(cost: Cost) -> dict[str, Any]:
     return {
         "batch": cost.batch,
         "rows": [{"name": name, "seconds": s} for name, s in cost.seconds.items()],
-        "where": f"{cost.device}, {cost.threads} threads",
+        "where": f"{cost.device}, {cost.threads} thread{'' if cost.threads == 1 else 's'}",
     }
 
 

@@ -118,7 +118,7 @@ class Cost:
         )
         if self.seconds:
             each = ", ".join(f"{name} {1e3 * s:.3g} ms" for name, s in self.seconds.items())
-            text += f" A batch of {self.batch}: {each} ({self.device}, {self.threads} threads)."
+            text += f" A batch of {self.batch}: {each} ({_where(self.device, self.threads)})."
         return text
 
 
@@ -205,7 +205,7 @@ def _run_of(packed: PackedNet, name: str, x: Tensor) -> Timed:
 
 
 def _profile(packed: PackedNet, x: Tensor) -> list[float]:
-    """Return the seconds of every step of one run on the CPU kernels."""
+    """Return the seconds of every step of one run on the CPU kernels, each on its own: none is put together with the next."""
     marks = [time.perf_counter()]
     packed.on("numba").run(x, lambda step, values: marks.append(time.perf_counter()))
     return [after - before for before, after in pairwise(marks)]
@@ -294,7 +294,7 @@ class Crossover:
                 f"{text}: packed words win {words}, with packing of the activations {packed}; at n = {last.n} they are "
                 f"{last.gain:.1f} and {last.packing_gain:.1f} times as fast"
             )
-        where = f" ({self.device}, {self.threads} threads)"
+        where = f" ({_where(self.device, self.threads)})"
         return "; ".join(said) + where + "." if said else "Nothing was measured yet."
 
 
@@ -387,6 +387,10 @@ def _products(kind: str, n: int) -> dict[str, Timed]:
         "packed": lambda: cpu.binary_matmul(words, panels, n, out=in_bits),
         "packing": lambda: cpu.binary_matmul(cpu.pack(signs), panels, n, out=in_bits),
     }
+
+
+def _where(device: str, threads: int) -> str:
+    return f"{device}, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def _in_turn(runs: list[tuple[str, Timed]], i: int) -> Iterator[tuple[str, Timed]]:

@@ -112,3 +112,56 @@ def test_nets_batches_and_names_that_do_not_fit_are_refused(lenet: tuple[Any, Te
     floats = qlab.binary.compile(nn.Linear(4, 3).eval(), torch.zeros(1, 4))
     with pytest.raises(InputError, match="bits"):
         BitLab(floats, torch.zeros(1, 4))
+
+
+def test_a_measurement_is_stopped_by_a_message_and_a_second_one_is_refused_meanwhile(lab: BitLab) -> None:
+    told: list[str] = []
+
+    def stop(change: Any) -> None:
+        message(lab, type="measure", what="cost")
+        told.append(lab.status.get("error", ""))
+        message(lab, type="stop")
+
+    lab.observe(stop, "crossing")
+    job = lab.measure("crossover")
+    assert job.wait(60)
+    assert job.status == "cancelled"
+    assert "The crossover is being measured; stop that first." in told
+    assert lab.crossover is not None
+    assert lab.status["phase"] == "idle"
+
+
+def test_a_wide_layer_is_sent_in_part_below_a_megabyte() -> None:
+    x = images(1, 2100)
+    wide = qlab.binary.compile(binary_net("mlp", (2100,), hidden=(2100, 2100)), x)
+    lab = BitLab(wide, x)
+    w = lab.weights
+    assert len(w["words"]) == 8 * w["units"] * w["width"] < 2**20
+    assert w["left_out"] == [2100 - w["units"], 0]
+    assert w["left_out"][0] > 0
+    assert lab.bits.words.nbytes > 2**19
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        None,
+        {"layer": 3},
+        {"layer": "fc"},
+        {"layer": "hidden.0", "row": 1},
+        {"unit": "1"},
+        {"unit": True},
+        {"column": 1e9},
+        {"unit": -1},
+        {"innerHTML": "x"},
+    ],
+)
+def test_a_state_with_hostile_settings_is_refused(lenet: tuple[Any, Tensor], settings: Any) -> None:
+    with pytest.raises((InputError, UnknownNameError)):
+        BitLab.from_state({"widget": "BitLab", "version": 1, "settings": settings}, *lenet)
+
+
+def test_traits_set_by_the_browser_change_nothing_that_python_uses(lab: BitLab) -> None:
+    before = lab.state()
+    lab.set_state({"settings": {"layer": "<script>"}, "status": {"phase": "cost"}})
+    assert lab.state() == before

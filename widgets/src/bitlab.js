@@ -23,7 +23,11 @@ class View {
   build(root) {
     const layers = this.model.get("layers");
     this.layer = select(layers, this.model.get("settings").layer, () => this.choose({ layer: this.layer.value }));
-    const number = (name) => h("input", { type: "number", min: 0, step: 1, onchange: (event) => this.choose({ [name]: Number(event.target.value) }) });
+    const number = (name) => {
+      const onchange = (event) => this.choose({ [name]: Number(event.target.value) });
+      const onkeydown = (event) => event.key === "Enter" && onchange(event); // JupyterLab keeps Enter from the input's own change
+      return h("input", { type: "number", min: 0, step: 1, onchange, onkeydown });
+    };
     this.inputs = Object.fromEntries(["unit", "row", "column", "example"].map((name) => [name, number(name)]));
     this.fields = {
       unit: field("Unit", this.inputs.unit, "an output channel or neuron"),
@@ -70,10 +74,10 @@ class View {
         h(
           "div",
           { class: "ql-columns" },
-          h("section", {}, h("h4", { text: "The layer's bits: dark is −1, light is +1" }), this.picture.node),
+          h("section", { class: "ql-area-bits" }, h("h4", { text: "The layer's bits: dark is −1, light is +1" }), this.picture.node),
           h(
             "section",
-            {},
+            { class: "ql-area-dot" },
             h("h4", { text: "One dot product, word by word" }),
             this.guesses,
             h("div", { class: "ql-row" }, ...Object.values(this.buttons)),
@@ -84,15 +88,15 @@ class View {
           ),
           h(
             "section",
-            {},
+            { class: "ql-area-costs" },
             h("h4", { text: "What it costs on this machine" }),
             this.sizes,
             h("div", { class: "ql-row" }, ...Object.values(this.measure)),
+            this.status,
             this.bars,
             this.crossing,
           ),
         ),
-        this.status,
         this.error,
         this.caption,
       ),

@@ -41,6 +41,14 @@ export function runningSum(sums, step, threshold) {
   return chart;
 }
 
+const MEANING = {
+  original: "the float net",
+  torch: "signs as floats",
+  numba: "xor and popcount on the processor",
+  cuda: "on the GPU",
+  onnxruntime: "signs as floats, in another runtime",
+};
+
 /** Bars from zero, a row per backend. */
 export function bars({ rows, batch, where }) {
   if (!rows) return [];
@@ -50,9 +58,8 @@ export function bars({ rows, batch, where }) {
     bar.style.width = `${(100 * row.seconds) / most}%`;
     return h("div", { class: "ql-bar-row" }, h("span", { text: row.name }), h("div", { class: "ql-bar-track" }, bar), h("span", { text: seconds(row.seconds) }));
   });
-  const known = rows.some((row) => row.name === "original");
-  const names = `${known ? "original: the float net; " : ""}torch: its simulation from the packed net; numba: xor and popcount.`;
-  return [...drawn, h("p", { class: "ql-muted", text: `Seconds for a batch of ${batch}, ${where}. ${names}` })];
+  const names = rows.filter(({ name }) => name in MEANING).map(({ name }) => `${name}: ${MEANING[name]}`);
+  return [...drawn, h("p", { class: "ql-muted", text: `Time of a batch of ${batch}, ${where}. ${names.join("; ")}.` })];
 }
 
 const WAYS = [["gain", ""], ["packing_gain", " ql-dashed"]];
@@ -64,7 +71,7 @@ export function gains({ kinds, points, smallest, summary }) {
   const sizes = [...new Set(points.map((p) => p.n))];
   const all = points.flatMap((p) => [p.gain, p.packing_gain]);
   const chart = svg("svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": summary, class: "ql-plot" });
-  const x = scaleLog().domain([Math.min(...sizes), Math.max(...sizes)]).range([left + 8, width - 12]);
+  const x = scaleLog().domain([Math.min(...sizes), Math.max(...sizes)]).range([left + 8, width - 18]);
   const y = scaleLog().domain([Math.min(0.5, ...all), Math.max(2, ...all)]).range([height - bottom, 8]);
   for (const v of y.ticks().filter((t) => Number.isInteger(Math.round(1e6 * Math.log10(t)) / 1e6))) {
     chart.append(svg("line", { x1: left, x2: width - 8, y1: y(v), y2: y(v), class: v === 1 ? "ql-even" : "ql-grid" }));

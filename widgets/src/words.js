@@ -58,7 +58,7 @@ export class Picture {
 
   mark(unit, { units, width, left_out: [rows, columns] }) {
     this.frame.hidden = unit >= units;
-    this.frame.style.top = `${unit * CELL - 2}px`;
+    this.frame.style.top = `${unit * CELL}px`;
     const top = unit * CELL;
     if (top < this.scroll.scrollTop || top > this.scroll.scrollTop + this.scroll.clientHeight - 12) this.scroll.scrollTop = top - 40;
     const more = [rows ? `${rows} more units` : "", columns ? `${columns} more words of each` : ""].filter(Boolean).join(" and ");
