@@ -102,7 +102,7 @@ class BitLab(anywidget.AnyWidget):
         self.product: DotProduct | None = None
         self.cost: Cost = next(costing(packed, x[:_TIMED], [])).value  # the bytes; nothing has run yet
         self.crossover: Crossover | None = None
-        settings = self._checked(
+        settings = self._place = self._checked(  # the trait is a copy: a browser can write to it
             {"layer": names[0] if layer is None else layer, "unit": unit, "example": example}
             | ({} if position is None else dict(zip(("row", "column"), _pair(position), strict=True)))
         )
@@ -121,7 +121,7 @@ class BitLab(anywidget.AnyWidget):
     @property
     def bits(self) -> LayerBits:
         """The weights of the layer on view."""
-        return self._bits[self.settings["layer"]]
+        return self._bits[self._place["layer"]]
 
     def choose(
         self,
@@ -146,7 +146,7 @@ class BitLab(anywidget.AnyWidget):
 
     def look(self) -> Job:
         """Run the example through the net, in the background, and show the dot product."""
-        layer, example = self.settings["layer"], self.settings["example"]
+        layer, example = self._place["layer"], self._place["example"]
         return self._follow.submit(lambda: self._following(layer, example))
 
     def measure(self, what: str = "cost", *, wait: bool = False) -> Job:
@@ -187,7 +187,7 @@ class BitLab(anywidget.AnyWidget):
 
     def state(self) -> dict[str, Any]:
         """Return the view as a small dictionary of primitives (no arrays); see `from_state`."""
-        return {"widget": "BitLab", "version": 1, "settings": dict(self.settings)}
+        return {"widget": "BitLab", "version": 1, "settings": dict(self._place)}
 
     @classmethod
     def from_state(cls, state: object, packed: PackedNet, x: Tensor) -> BitLab:
@@ -245,13 +245,13 @@ class BitLab(anywidget.AnyWidget):
 
     def _choose(self, changes: Mapping[str, Any], *, look: bool = True) -> Job | None:
         with self._lock:
-            before = dict(self.settings)
+            before = self._place
             if changes.get("layer", before["layer"]) != before["layer"]:
                 # another layer: keep what it has too, and let the rest be its own
                 chosen = self._checked({"layer": changes["layer"], "example": before["example"]} | dict(changes))
             else:
                 chosen = self._checked(before | dict(changes))
-            self.settings = chosen
+            self._place, self.settings = chosen, chosen
             if "error" in self.status:
                 self._say(self._said)
             if chosen["layer"] != before["layer"]:
@@ -282,12 +282,12 @@ class BitLab(anywidget.AnyWidget):
         elif job.value is not None and job.status == "done":
             with self._lock:
                 run = job.value
-                if (run.bits.layer, run.example) == (self.settings["layer"], self.settings["example"]):
+                if (run.bits.layer, run.example) == (self._place["layer"], self._place["example"]):
                     self._run = run
                     self._show(run)
 
     def _show(self, run: LayerRun) -> None:
-        s = self.settings
+        s = self._place
         self.product = run.dot(s["unit"], (s["row"], s["column"]) if run.grid else None)
         self.dot = payload.packed_dot(self.product)
         self.caption = self._caption()

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["KINDS", "Cost", "Crossover", "Point", "cost", "costing", "crossing", "crossover"]
 
-SLOW = ("numpy", "shim")  # backends that are there to be right, not fast
+SLOW = frozenset({"numpy", "shim"})  # backends that are there to be right, not fast
 ORIGINAL = "original"
 SHORTEST = 200e-6  # seconds: shorter calls are timed several at a time
 LEAST_ROUNDS = 3
@@ -151,7 +151,8 @@ def costing(
     check_batch(x, packed.graph.input_shape, packed.graph.image)
     if rounds < 1 or seconds <= 0:
         raise InputError(f"rounds is {rounds} and seconds {seconds}; expected at least 1, and more than 0")
-    names = [name for name in present() if name not in SLOW] if backends is None else list(backends)
+    left_out = SLOW | ({"onnxruntime"} if packed.graph.image else frozenset())  # raw images have no ONNX form
+    names = [name for name in present() if name not in left_out] if backends is None else list(backends)
     runs: dict[str, Timed] = {name: _run_of(packed, name, x) for name in names}
     original = packed.source
     if original is not None and all(p.device.type == "cpu" for p in original.parameters()):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import qlab
 from qlab.binary.backend_cuda import Cuda
+from qlab.binary.cost import cost
 from qlab.binary.images import Normalise, taps
 from qlab.errors import InputError
 from qlab.quantizers import Sign
@@ -86,6 +87,11 @@ def test_normalisation_is_that_of_the_data_module() -> None:
     data = qlab.data.load("digits")
     u = data.split("test").x[:5]
     assert torch.equal(Normalise(data.mean, data.std)(u), data.transform(u))
+
+
+def test_the_cost_of_a_net_on_raw_images_is_measured_too() -> None:
+    packed = qlab.binary.compile(conv(3, 4).eval(), pixels(2, 3, 6, 6), image=(MEAN, STD))
+    assert {"torch", "numba"} <= set(cost(packed, pixels(2, 3, 6, 6), rounds=1).seconds)
 
 
 def test_taps_are_the_windows_of_unfold() -> None:
