@@ -241,8 +241,9 @@ def test_ctrl_c_ends_workers_and_keeps_what_is_done(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         textwrap.dedent("""
-            import sys
+            import signal, sys
             sys.path.insert(0, {root!r})
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would this
             from tests.experiments import fake_cells
             from qlab.experiments.base import Experiment, Plan
             from qlab.experiments.verdict import Rule
