@@ -203,6 +203,8 @@ def test_the_tour_runs_and_trains_in_its_studio(page: Any, lab: Lab) -> None:
     open_notebook(page, lab, "00_tour.ipynb")
     run_first_cell(page)
     page.wait_for_selector(STUDIO)
+    page.get_by_label("Epochs", exact=True).fill("1000")  # the tour's own twenty may be over before Stop is clicked
+    page.get_by_label("Epochs", exact=True).press("Tab")
     train_until(page, "() => document.querySelectorAll('.ql-charts path[data-points]').length >= 5")
     first = page.evaluate(CURVES)
     page.wait_for_function(f"(first) => ({CURVES})()['A train'].d !== first", arg=first["A train"]["d"])
