@@ -86,12 +86,11 @@ def _written(step: Step, shapes: dict[str, Shape]) -> dict[str, tuple[Any, tuple
     """Return dtype and shape of the arrays that a packed step writes, channels last."""
     if step.op not in ("pack", "binary_conv2d", "binary_linear", "max_pool_bits"):
         return {}
-    found = {}
-    for j, name in enumerate(step.outputs):
-        n, c, *grid = shapes[name]
-        floats = j == 0 and step.op.startswith("binary") and "threshold" not in step.tensors
-        found[name] = (np.float32, (n, *grid, c)) if floats else (np.uint64, (n, *grid, cpu.words_for(c)))
-    return found
+    name = step.outputs[0]  # the bits beside a float result are the kernel's own array
+    n, c, *grid = shapes[name]
+    if not step.op.startswith("binary") or "threshold" in step.tensors:
+        return {name: (np.uint64, (n, *grid, cpu.words_for(c)))}
+    return {name: (np.float32, (n, *grid, c))} if "alpha" in step.tensors else {}
 
 
 class Numba(Words):
@@ -223,7 +222,7 @@ def _panels(step: Step, graph: Graph) -> Any:
     if step.op in ("image_conv2d", "image_linear"):
         return cpu.prepack_conv(grouped_weight(words), words.shape[1])
     if step.op == "binary_conv2d":
-        return cpu.prepack_conv(words, step.options["groups"])
+        return cpu.prepack_conv(words, step.options["groups"], step.options["channels"])
     if step.op == "binary_linear":
         return cpu.prepack(words)
     return None

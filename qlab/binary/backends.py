@@ -43,9 +43,8 @@ class Backend:
     """
 
     name: ClassVar[str]
-    promised: bool = (
-        True  # the bits of the simulation; a runtime that sums floats in an order of its own cannot promise them
-    )
+    # Whether it gives the simulation's bits; a runtime that sums floats in an order of its own cannot promise them.
+    promised: bool = True
 
     def __init__(self, graph: Graph, device: str = "cpu") -> None:
         self.graph = graph

@@ -90,7 +90,7 @@ def weighted(writer: Writer, shape: Shape, layer: str, module: nn.Conv2d | nn.Li
         return float_layer(writer, shape, layer, module, value)
     if isinstance(value, Image) and _on_planes(module, value):
         return image_layer(writer, shape, layer, module, value, found)
-    if isinstance(value, Bits):
+    if isinstance(value, Bits) and _on_bits(module, value):
         return binary_layer(writer, shape, layer, module, value, found)
     options: dict[str, Any]
     if isinstance(module, nn.Conv2d):
@@ -256,11 +256,12 @@ def report(
 ) -> None:
     """Write a layer's row of the report."""
     macs = prod(shape[1:]) * prod(module.weight.shape[1:])
-    binary = isinstance(found, SignWeight) and isinstance(value, Bits)
+    binary = isinstance(found, SignWeight) and _on_bits(module, value)
     planes = isinstance(found, SignWeight) and _on_planes(module, value)
     if isinstance(found, SignWeight):
         runs = "bits" if binary else "bit planes" if planes else "sign weights"
-        reason = "" if binary or planes else "its input is float, so its signs weigh floats"
+        why = "its input has more dimensions than (N, D)" if isinstance(value, Bits) else "its input is float"
+        reason = "" if binary or planes else f"{why}, so its signs weigh floats"
     else:
         runs, reason = "float", found
     writer.rows[layer] = {
@@ -276,6 +277,11 @@ def report(
         "ties": 0,
         "reason": reason,
     }
+
+
+def _on_bits(module: nn.Module, value: Value) -> bool:
+    """Return whether a layer that reads a value runs on bits: pictures are packed along channels, which no Linear sums over."""
+    return isinstance(value, Bits) and (isinstance(module, nn.Conv2d) or len(value.shape) == 2)
 
 
 def _on_planes(module: nn.Module, value: Value) -> bool:

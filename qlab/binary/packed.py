@@ -1,10 +1,12 @@
 """A packed net: compile it, run it, prove it, save it.
 
-packed = qlab.binary.compile(method.deployed(), example)
-packed(x)                      # the deployed net's logits, from packed bits
-packed.report()                # per layer: what runs how, and why
-packed.verify(x)               # every backend against the simulation, as a certificate
-packed.save("net.safetensors")
+    packed = qlab.binary.compile(method.deployed(), example)
+    packed(x)                      # the deployed net's logits, from packed bits
+    packed.report()                # per layer: what runs how, and why
+    packed.verify(x)               # every backend against the simulation, as a certificate
+    packed.save("net.safetensors")
+
+What runs is a `Graph`; a backend runs it, and is made when it is first asked for.
 """
 
 from __future__ import annotations

@@ -33,7 +33,11 @@ MODELS: Registry[Entry] = Registry(
         Entry("lenet", "LeNet-5 with batch norm and ReLU, for small grey or colour images", "qlab.models.lenet:LeNet"),
         Entry("vgg_small", "VGG-small of the binary-network papers: six 3x3 convolutions", "qlab.models.vgg:VGGSmall"),
         Entry("resnet20", "ResNet-20 for CIFAR, shortcuts of type A or B", "qlab.models.resnet:ResNet20"),
-        Entry("resnet18", "ResNet-18 with a 3x3 stem for small images", "qlab.models.resnet:ResNet18"),
+        Entry(
+            "resnet18",
+            "ResNet-18, with a stem for small or for large images",
+            "qlab.models.resnet:ResNet18",
+        ),
         Entry("bireal18", "Bi-Real Net 18: every 3x3 convolution has its own shortcut", "qlab.models.bireal:BiReal18"),
     ],
 )

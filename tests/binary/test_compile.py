@@ -161,6 +161,7 @@ KINDS: dict[str, Callable[[], nn.Module]] = {
     "sign weights on floats, grouped": lambda: nn.Sequential(
         conv(6, 8, groups=2, bias=True), nn.Tanh(), conv(8, 3, stride=2)
     ),
+    "linear along the columns of a picture": lambda: nn.Sequential(Sign(), Signs(nn.Linear(9, 5)), nn.ReLU()),
     "padding same": lambda: nn.Sequential(
         Sign(), conv(6, 7, padding="same"), Sign(), conv(7, 3, (3, 5), padding="same")
     ),
