@@ -80,6 +80,10 @@ class Quantizer(nn.Module, ABC):
         """Return the grid that `hard` lands on for tensors of `dtype`, exactly, ascending, shape (L,); None for float."""
         return None
 
+    def primitive(self) -> Rule | None:
+        """Return the function F whose derivative is the backward rule, F' = d, elementwise; None where there is none known."""
+        return None
+
     def anneal(self, **quantities: float) -> None:
         """Set the scheduled quantities this quantizer has a buffer for; it has no use for the others."""
         for name, value in quantities.items():

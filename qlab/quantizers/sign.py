@@ -47,6 +47,10 @@ class Sign(Quantizer):
         """Return (-1, +1)."""
         return torch.tensor([-1, 1], dtype=dtype)
 
+    def primitive(self) -> Rule | None:
+        """Return the function whose derivative the surrogate is."""
+        return self.surrogate.primitive
+
     def extra_repr(self) -> str:
         """Name the surrogate."""
         k = self.surrogate.sharpness

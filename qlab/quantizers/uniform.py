@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qlab.errors import InputError
-from qlab.quantizers.base import Quantizer
+from qlab.quantizers.base import Quantizer, Rule
 
 __all__ = ["Uniform"]
 
@@ -95,6 +95,11 @@ class Uniform(Quantizer):
         """Return the grid in the dtype of the tensors it quantizes, so that comparison is exact."""
         codes = torch.arange(self.low, self.high + 1, dtype=dtype, device=self.limit.device)
         return codes * self._step(dtype)
+
+    def primitive(self) -> Rule:
+        """Return the clip to the range: the gradient passes inside it."""
+        end = float(self.limit)
+        return lambda x: x.clamp(-end if self.low else 0, end)
 
     def init(self, latent: Tensor, generator: torch.Generator) -> Tensor:
         """Take the range from the tensor unless it was given."""

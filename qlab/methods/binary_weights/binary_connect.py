@@ -31,6 +31,7 @@ from qlab.errors import InputError
 from qlab.methods.base import Method
 from qlab.methods.catalog import CATALOG
 from qlab.quantizers import Quantizer, hard_sign, quantized_tensors
+from qlab.quantizers.base import Rule
 
 __all__ = ["Binarize", "BinaryConnect", "glorot"]
 
@@ -106,6 +107,10 @@ class Binarize(Quantizer):
     def hard(self, latent: Tensor) -> Tensor:
         """Return H sign(w)."""
         return hard_sign(latent) * self.H.to(latent.dtype)
+
+    def primitive(self) -> Rule:
+        """Return the identity: the gradient passes as it is."""
+        return lambda x: x
 
     def levels(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return (-H, +H)."""
