@@ -105,13 +105,17 @@ def check(net: nn.Module, x: Tensor, y: Tensor | None, labels: bool = True) -> t
 def _check_inputs(x: object) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise InputError(f"the inputs are {kind}; expected floats of shape (N, ...), as data.transform(x) makes of raw data")
+        raise InputError(
+            f"the inputs are {kind}; expected floats of shape (N, ...), as data.transform(x) makes of raw data"
+        )
     if x.dim() < 2 or x.numel() == 0:
         raise InputError(f"the inputs have shape {tuple(x.shape)}; expected (N, ...) with at least one example")
     if not bool(x.isfinite().all()):
         raise InputError("the inputs hold NaN or infinite values; clean the data first")
     if bool((x == x.reshape(-1)[0]).all()):
-        raise InputError("the inputs are constant: every number is the same, so nothing can be learned about the net from them")
+        raise InputError(
+            "the inputs are constant: every number is the same, so nothing can be learned about the net from them"
+        )
 
 
 def _check_labels(y: object, n: int, classes: int) -> None:
@@ -121,4 +125,6 @@ def _check_labels(y: object, n: int, classes: int) -> None:
         given = f"{y.dtype} of shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
         raise InputError(f"the labels are {given}; expected int64 of shape ({n},)")
     if int(y.min()) < 0 or int(y.max()) >= classes:
-        raise InputError(f"the labels run from {int(y.min())} to {int(y.max())}; the net has classes 0 to {classes - 1}")
+        raise InputError(
+            f"the labels run from {int(y.min())} to {int(y.max())}; the net has classes 0 to {classes - 1}"
+        )

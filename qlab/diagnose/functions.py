@@ -53,7 +53,7 @@ def variant(net: nn.Module, which: FunctionName, sharpness: float = 5.0) -> nn.M
     net = copy.deepcopy(plain(net)).eval()
     for module in list(net.modules()):
         if parametrize.is_parametrized(module):
-            for chain in module.parametrizations.values():  # type: ignore[union-attr, operator]
+            for chain in module.parametrizations.values():  # type: ignore[operator]
                 for i, step in enumerate(chain):
                     if isinstance(step, Quantizer):
                         chain[i] = nn.Identity() if which == "latent" else _as(step, which, sharpness)
