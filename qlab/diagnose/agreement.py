@@ -1,0 +1,88 @@
+r"""How well one vector, a gradient that is believed, agrees with another, the truth.
+
+    cosine          <g, t> / (|g| |t|)                      of all coordinates, the large ones before all
+    spearman        correlation of the ranks                 of all coordinates, whatever their scale
+    sign agreement  share of {i: t_i != 0} with sign g_i = sign t_i       a coin gives 1/2
+
+All three are NaN where a vector is zero or has too few coordinates: then there is nothing to agree with.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qlab.diagnose.base import plain
+from qlab.errors import InputError
+
+__all__ = ["Agreement", "agreement", "cosine", "weight_names"]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Agreement of a vector with the truth.
+
+    Args:
+        cosine: in [-1, 1].
+        spearman: rank correlation, ties share their mean rank.
+        sign_agreement: share of equal signs where the truth is not zero.
+        n: coordinates compared.
+        nonzero: those of them where the truth is not zero.
+    """
+
+    cosine: float
+    spearman: float
+    sign_agreement: float
+    n: int
+    nonzero: int
+
+
+def cosine(g: Tensor, t: Tensor) -> float:
+    """Return <g, t> / (|g| |t|), NaN where one of them is zero."""
+    g, t = g.detach().flatten().double(), t.detach().flatten().double()
+    g, t = g / g.abs().max().clamp(min=1e-300), t / t.abs().max().clamp(min=1e-300)  # squares must not underflow
+    size = float(g.norm() * t.norm())
+    return float((g @ t).clamp(-size, size)) / size if size > 0 else math.nan
+
+
+def agreement(g: Tensor, t: Tensor) -> Agreement:
+    """Compare a believed gradient with the truth.
+
+    Args:
+        g: believed, any shape.
+        t: truth, of the same shape.
+
+    Raises:
+        InputError: shapes that differ.
+    """
+    if g.shape != t.shape:
+        raise InputError(f"the vectors have shapes {tuple(g.shape)} and {tuple(t.shape)}; expected equal ones")
+    g, t = g.detach().flatten().double().cpu(), t.detach().flatten().double().cpu()
+    moves = t != 0
+    signs = float((g.sign() == t.sign())[moves].double().mean()) if bool(moves.any()) else math.nan
+    return Agreement(cosine(g, t), _spearman(g.numpy(), t.numpy()), signs, len(g), int(moves.sum()))
+
+
+def _spearman(g: np.ndarray, t: np.ndarray) -> float:
+    from scipy.stats import rankdata
+
+    if len(g) < 2 or np.ptp(g) == 0 or np.ptp(t) == 0:
+        return math.nan
+    return float(np.corrcoef(rankdata(g), rankdata(t))[0, 1])
+
+
+def weight_names(net: nn.Module) -> dict[str, str]:
+    """Return layer -> name of its weight among the net's parameters: those with at least two axes, latent ones where quantized.
+
+    A layer is named by its module; a parameter of another name than `weight` by itself.
+    """
+    names = {}
+    for name, p in plain(net).named_parameters():
+        if p.dim() >= 2 and (p.is_floating_point() or torch.is_complex(p)):
+            short = name.replace(".parametrizations.", ".").removesuffix(".original")
+            names[short.removesuffix(".weight")] = name
+    return names

@@ -1,0 +1,435 @@
+r"""One function of a net on one batch, for many of its tensors at once: loss, accuracy and their noise.
+
+    many = Many(net, x, y)
+    many({"0.weight": stack})                     # (K, O, I) weights -> Values of K points
+    Affine(many, (d1, d2))(coefficients)          # (K, 2) -> Values at w + a d1 + b d2
+
+Three ways give the same numbers up to rounding, from fast to general:
+
+- chain: where layers run one after the other (Linear, batch norm, elementwise maps), one batched product per layer, (K, O, I) with
+  (K, I, N), in chunks that stay in the cache. While w moves on a plane, the first layer is linear in (a, b) unless it is
+  quantized: x W + a x D1 + b x D2, three products for all points. Frozen batch norm is folded into the layer before it where a
+  continuous map follows; before a step it is not, for a rounding error could move a value across the jump.
+- vmap: any net that torch.func can batch.
+- loop: any net at all, one point after the other.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from qlab.diagnose.functions import Hard, Primitive, Smooth
+from qlab.diagnose.objective import LOSSES, Loss, cross_entropy
+from qlab.errors import InputError, UnknownNameError
+from qlab.quantizers import Sign, Uniform
+
+__all__ = ["Affine", "BatchNormMode", "Many", "Values"]
+
+BatchNormMode = Literal["frozen", "reestimated"]
+Stack = Mapping[str, Tensor]
+CACHE = (
+    1 << 22
+)  # bytes of one layer's outputs in a chunk of a chain: large enough to share among cores, small enough for caches
+
+_CONTINUOUS = (
+    nn.ReLU,
+    nn.ReLU6,
+    nn.LeakyReLU,
+    nn.Hardtanh,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.ELU,
+    nn.GELU,
+    nn.SiLU,
+    Primitive,
+    Smooth,
+)
+_NOTHING = (nn.Identity, nn.Dropout)  # in eval mode
+_SAME_SHAPE = (*_CONTINUOUS, *_NOTHING, Hard, Sign, Uniform)
+
+
+class Values(NamedTuple):
+    """What is known of K points.
+
+    Args:
+        loss: (K,) mean loss, float64.
+        accuracy: (K,) share of the examples that are classified right, float64.
+        noise: (K,) standard deviation of the mean loss over disjoint mini-batches, float64; NaN where there is one batch only.
+    """
+
+    loss: Tensor
+    accuracy: Tensor
+    noise: Tensor
+
+
+class Many:
+    """Loss and accuracy of a net with some of its tensors replaced, for K values of them at once.
+
+    Args:
+        net: in eval mode, checked (`qlab.diagnose.base.check`).
+        x: (N, ...) inputs.
+        y: (N,) labels.
+        loss: a name of `LOSSES`, or logits and labels to one loss per example.
+        batch_norm: "frozen" keeps the running statistics (or moves them, where they are among the tensors); "reestimated" sets
+            them, for every value, to those of the batch, as `qlab.quantizers.reestimate_batch_norm` would.
+        batches: mini-batches of the noise; 0 or 1 for none.
+        way: "chain", "vmap" or "loop"; by default the fastest that the net allows.
+
+    Raises:
+        UnknownNameError, InputError: a loss, mode or number of mini-batches that there is not.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        loss: str | Loss = "cross_entropy",
+        batch_norm: BatchNormMode = "frozen",
+        batches: int = 0,
+        way: Literal["chain", "vmap", "loop"] | None = None,
+    ) -> None:
+        if isinstance(loss, str) and loss not in LOSSES:
+            raise UnknownNameError("loss", loss, LOSSES)
+        if batch_norm not in ("frozen", "reestimated"):
+            raise InputError(f"batch_norm is {batch_norm!r}; expected 'frozen' or 'reestimated'")
+        if not isinstance(batches, int) or isinstance(batches, bool) or not 0 <= batches <= len(x):
+            raise InputError(f"batches is {batches!r}; expected a whole number from 0 to the {len(x)} examples")
+        self.net, self.x, self.y, self.batches = net, x, y, batches
+        self.loss: Loss = LOSSES[loss] if isinstance(loss, str) else loss
+        self.tensors = {name: t.detach() for name, t in (*net.named_parameters(), *net.named_buffers())}
+        self._norms = [name for name, m in net.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+        with torch.no_grad():
+            classes = torch.arange(net(x[:1]).shape[1], device=y.device)[:, None]
+        self._earlier = x.new_zeros(()).masked_fill(
+            classes >= y, float("-inf")
+        )  # (d, N): 0 for the classes before the label
+        self.reestimated = batch_norm == "reestimated" and bool(self._norms)
+        self._twin = _estimating(net) if self.reestimated else None
+        self.steps = None if self.reestimated or way in ("vmap", "loop") else chain(net, x)
+        if way == "chain" and self.steps is None:
+            raise InputError("this net is no chain of linear layers, frozen batch norms and elementwise maps")
+        self.way = way or ("vmap" if self.steps is None else "chain")
+        width = max((m.out_features for _, m in self.steps or () if isinstance(m, nn.Linear)), default=1)
+        size = max(x.numel(), len(x) * width) if self.steps is None else len(x) * width
+        self.chunk = max(1, (CACHE if self.steps is not None else 16 * CACHE) // (size * x.element_size()))
+
+    @torch.no_grad()
+    def __call__(self, stack: Stack) -> Values:
+        """Return the values of K points; `stack` is name of a parameter or buffer -> (K, *shape)."""
+        k = len(next(iter(stack.values())))
+        parts = [
+            self.values({name: t[i : i + self.chunk] for name, t in stack.items()}) for i in range(0, k, self.chunk)
+        ]
+        return joined(parts)
+
+    def values(self, stack: Stack, first: Tensor | None = None, begin: int = 0) -> Values:
+        """Return the values of one chunk; `first` is what goes into step `begin` of the chain, (K, M, N)."""
+        if self.way == "chain":
+            z = self._chained(stack, first, begin)
+            return self._judged(z)
+        if self.way == "vmap":
+            try:
+                return self._judged(torch.func.vmap(self._logits)(dict(stack)).mT)
+            except (RuntimeError, ValueError):
+                self.way = "loop"  # torch.func cannot batch this net; plain calls can
+        rows = [self._logits({name: t[i] for name, t in stack.items()}) for i in range(len(next(iter(stack.values()))))]
+        return self._judged(torch.stack(rows).mT)
+
+    # ---- any net --------------------------------------------------------------------------------------------------------
+
+    def _logits(self, some: Stack) -> Tensor:
+        tensors = self.tensors | dict(some)
+        if self._twin is not None:
+            # A pass in training mode writes the batch's statistics into tensors of its own, which the second pass then reads.
+            moved = (
+                next(iter(some.values())).reshape(-1)[0] * 0
+            )  # batched under vmap, so that what is written may be too
+            for norm in self._norms:
+                for name in (f"{norm}.running_mean", f"{norm}.running_var"):
+                    tensors[name] = torch.zeros_like(tensors[name]) + moved
+            torch.func.functional_call(self._twin, tensors, (self.x,))
+        return torch.func.functional_call(self.net, tensors, (self.x,))
+
+    # ---- chains ---------------------------------------------------------------------------------------------------------
+
+    def _chained(self, stack: Stack, first: Tensor | None, begin: int) -> Tensor:
+        """Return logits (K, d, N): features stand before examples, so that every product is one (O, I) x (I, N) per point."""
+        assert self.steps is not None
+        h = self.x.flatten(1).T if first is None else first
+        i = begin
+        while i < len(self.steps):
+            name, module = self.steps[i]
+            if isinstance(module, nn.Linear):
+                norm = self._folded(i)
+                h = self._linear(name, module, h, stack, norm)
+                i += 2 if norm else 1
+                continue
+            if isinstance(module, _BatchNorm):
+                scale, shift = self._affine(name, module, stack)
+                h = torch.addcmul(shift[..., None], h, scale[..., None])
+            elif isinstance(module, nn.ReLU):
+                h = h.relu_() if i > 0 else h.relu()
+            elif not isinstance(module, _NOTHING):
+                h = _mapped(module, h)
+            i += 1
+        if h.dim() == 2:  # nothing that moves reaches the logits
+            h = h.expand(len(next(iter(stack.values()))), *h.shape)
+        return h
+
+    def _folded(self, i: int) -> str | None:
+        """Return the name of the batch norm after linear step i, where it may be folded into it."""
+        assert self.steps is not None
+        rest = [m for _, m in self.steps[i + 1 :] if not isinstance(m, _NOTHING)]
+        if not rest or not isinstance(self.steps[i + 1][1], _BatchNorm):
+            return None
+        return self.steps[i + 1][0] if len(rest) == 1 or isinstance(rest[1], (*_CONTINUOUS, nn.Linear)) else None
+
+    def _linear(self, name: str, module: nn.Linear, h: Tensor, stack: Stack, norm: str | None) -> Tensor:
+        w, c = self._tensor(name, module, "weight", stack), self._tensor(name, module, "bias", stack)
+        assert w is not None
+        if norm is not None:
+            scale, shift = self._affine(norm, self.net.get_submodule(norm), stack)
+            w = w * scale[..., None]
+            c = shift if c is None else c * scale + shift
+        if h.dim() == 2 and w.dim() == 3:
+            z = (w.reshape(-1, w.shape[-1]) @ h).view(*w.shape[:2], -1)
+        elif h.dim() == 3 and w.dim() == 3:
+            return torch.bmm(w, h) if c is None else torch.baddbmm(c[..., None], w, h)
+        else:
+            z = w @ h
+        return z if c is None else z + c[..., None]
+
+    def _tensor(self, name: str, module: nn.Module, which: str, stack: Stack) -> Tensor | None:
+        """Return a layer's weight or bias as it computes with it: (K, *shape) where it moves, *shape where it does not."""
+        latent, steps = _latent(name, module, which)
+        if latent not in stack:
+            value: Tensor | None = getattr(module, which)
+            return None if value is None else value.detach()
+        value = stack[latent]
+        for step in steps:
+            value = (
+                _mapped(step, value) if isinstance(step, _SAME_SHAPE) and _plain(step) else torch.func.vmap(step)(value)
+            )
+        return value
+
+    def _affine(self, name: str, module: Any, stack: Stack) -> tuple[Tensor, Tensor]:
+        """Return scale and shift, (O,) or (K, O), of a frozen batch norm."""
+        found = {
+            key: stack.get(f"{name}.{key}", self.tensors.get(f"{name}.{key}"))
+            for key in ("weight", "bias", "running_mean", "running_var")
+        }
+        var, mean = found["running_var"], found["running_mean"]
+        assert var is not None
+        assert mean is not None
+        scale = (var + module.eps).rsqrt()
+        if found["weight"] is not None:
+            scale = scale * found["weight"]
+        shift = -mean * scale
+        return scale, shift if found["bias"] is None else shift + found["bias"]
+
+    # ---- loss and accuracy ----------------------------------------------------------------------------------------------
+
+    def _judged(self, z: Tensor) -> Values:
+        """Return the values of logits (K, d, N)."""
+        k, _, n = z.shape
+        at = self.y.expand(k, 1, n)
+        own = z.gather(1, at)[:, 0]
+        # as argmax, which counts the first of equal logits, and several times as fast
+        right = (own == z.amax(1)) & (own > (z + self._earlier).amax(1))
+        if self.loss is cross_entropy:
+            each = -z.log_softmax(1).gather(1, at)[:, 0]
+        else:
+            each = torch.func.vmap(self.loss, in_dims=(0, None))(z.mT, self.y)
+        noise = each.new_full((k,), float("nan"))
+        if self.batches > 1:
+            noise = torch.stack([part.mean(1) for part in each.tensor_split(self.batches, 1)]).std(0)
+        return Values(each.mean(1).double(), right.double().mean(1), noise.double())
+
+
+class Affine:
+    """The values at w + sum_m c_m d_m.
+
+    Args:
+        many: the function.
+        directions: dictionaries name -> tensor, of parameters and buffers.
+    """
+
+    def __init__(self, many: Many, directions: Sequence[Stack]) -> None:
+        self.many = many
+        self.names = [name for name in many.tensors if any(bool(d[name].any()) for d in directions if name in d)]
+        self.basis = {
+            name: torch.stack(
+                [many.tensors[name]]
+                + [
+                    d[name].to(many.tensors[name]) if name in d else torch.zeros_like(many.tensors[name])
+                    for d in directions
+                ]
+            )
+            for name in self.names
+        }
+        self._begin, self._first = self._linear_start() if many.steps is not None and self.names else (0, None)
+
+    @torch.no_grad()
+    def __call__(self, coefficients: Tensor) -> Values:
+        """Return the values at coefficients (K, M)."""
+        many = self.many
+        c = torch.cat([torch.ones(len(coefficients), 1, dtype=torch.float64), coefficients.double()], 1)
+        if not self.names:  # nothing moves
+            some = next(iter(many.tensors))
+            one = many.values({some: many.tensors[some][None]})
+            return Values(*(v.expand(len(c)).clone() for v in one))
+        parts = []
+        for i in range(0, len(c), many.chunk):
+            rows = c[i : i + many.chunk]
+            first = None
+            if self._first is not None:
+                flat = self._first.flatten(1)
+                first = (rows.to(flat) @ flat).view(len(rows), *self._first.shape[1:])
+            parts.append(many.values(self.stack(rows), first, self._begin))
+        return joined(parts)
+
+    def stack(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return the tensors (K, *shape) at rows (K, 1 + M) of coefficients, the first of which is 1."""
+        return {
+            name: (rows.to(b) @ b.flatten(1)).view(len(rows), *b.shape[1:])
+            for name, b in self.basis.items()
+            if name not in self._done
+        }
+
+    _done: frozenset[str] = frozenset()  # tensors that the linear start has used up
+
+    def _linear_start(self) -> tuple[int, Tensor | None]:
+        """Return the step after the first layer and the layer's outputs (1 + M, O, N), where these are linear in what moves."""
+        steps = self.many.steps
+        assert steps is not None
+        begin = 0
+        while begin < len(steps) and isinstance(steps[begin][1], _NOTHING):
+            begin += 1
+        if begin == len(steps) or not isinstance(steps[begin][1], nn.Linear):
+            return 0, None
+        name, module = steps[begin]
+        (weight, chain_w), (bias, chain_b) = (_latent(name, module, which) for which in ("weight", "bias"))
+        if any(not isinstance(step, nn.Identity) for step in (*chain_w, *chain_b)) or weight not in self.basis:
+            return 0, None
+        if sum(m is module for _, m in steps) > 1:
+            return 0, None
+        x = self.many.x.flatten(1).T
+        z = self.basis[weight] @ x
+        if bias in self.basis:
+            z = z + self.basis[bias][..., None]
+        elif isinstance(module.bias, Tensor):
+            z[0] += module.bias.detach()[:, None]
+        norm = self.many._folded(begin)
+        if norm is not None:
+            if any(moved.startswith(f"{norm}.") for moved in self.basis):
+                norm = None
+            else:
+                scale, shift = self.many._affine(norm, self.many.net.get_submodule(norm), {})
+                z = z * scale[:, None]
+                z[0] += shift[:, None]
+        left = set(self.basis) - {weight, bias}
+        self._done = frozenset(
+            {weight, bias} if left else {bias}
+        )  # one tensor stays, to tell how many points there are
+        return begin + (2 if norm else 1), z
+
+
+def joined(parts: Sequence[Values]) -> Values:
+    """Return the values of chunks one after the other."""
+    return Values(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def chain(net: nn.Module, x: Tensor) -> list[tuple[str, nn.Module]] | None:
+    """Return the layers of a net in the order they run, where each takes exactly what the one before gave; else None.
+
+    The net runs once under hooks: a layer's input must be the very tensor that the last layer returned, unchanged, or a
+    flattened view of it.
+    """
+    known = (nn.Linear, nn.BatchNorm1d, nn.Flatten, *_SAME_SHAPE)
+    ran: list[tuple[str, nn.Module, Tensor, Tensor, int, int]] = []
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            ran.append((name, module, inputs[0], output, inputs[0]._version, output._version))
+
+        return hook
+
+    handles = [
+        m.register_forward_hook(note(name))
+        for name, m in net.named_modules()
+        if isinstance(m, known) and ".parametrizations." not in f".{name}."
+    ]
+    try:
+        with torch.no_grad():
+            before = x._version
+            out = net(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not ran or any(isinstance(m, nn.Flatten) and m.start_dim != 1 for _, m, *_ in ran):
+        return None
+    if not all(_plain(m) for _, m, *_ in ran) or any(
+        isinstance(m, nn.BatchNorm1d) and m.running_var is None for _, m, *_ in ran
+    ):
+        return None
+    # The inputs' versions are read when a layer has run; a layer that works in place has raised its own.
+    links = [(x, before, ran[0][2], ran[0][4])] + [(a[3], a[5], b[2], b[4]) for a, b in pairwise(ran)]
+    for (given, version, taken, seen), (_, module, _, output, _, _) in zip(links, ran, strict=True):
+        in_place = output is taken
+        if not _same(given, taken) or (seen != version and not (in_place and seen == version + 1)):
+            return None
+        if isinstance(module, nn.Linear | nn.BatchNorm1d) and taken.dim() != 2:
+            return None
+    if out is not ran[-1][3] or out._version != ran[-1][5]:
+        return None
+    return [(name, module) for name, module, *_ in ran if not isinstance(module, nn.Flatten)]
+
+
+def _same(given: Tensor, taken: Tensor) -> bool:
+    return taken is given or (
+        taken.data_ptr() == given.data_ptr()
+        and taken.numel() == given.numel()
+        and given.is_contiguous()
+        and taken.is_contiguous()
+        and len(taken) == len(given)
+    )
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether a quantizer is one that is known to work element by element."""
+    return not isinstance(module, Hard) or isinstance(module.quantizer, Sign | Uniform)
+
+
+def _mapped(module: nn.Module, h: Tensor) -> Tensor:
+    quantizer = module.quantizer if isinstance(module, Hard) else module
+    if isinstance(quantizer, Sign):  # finite here, so without the pass that keeps NaN; adding 0 makes +0 of -0
+        return torch.copysign(h.new_ones(()), h + 0.0)
+    return module(h)
+
+
+def _latent(name: str, module: nn.Module, which: str) -> tuple[str, list[nn.Module]]:
+    """Return the name of the parameter behind a layer's tensor, and the maps between the two."""
+    prefix = f"{name}." if name else ""
+    if parametrize.is_parametrized(module, which):
+        return f"{prefix}parametrizations.{which}.original", list(module.parametrizations[which])  # type: ignore[index]
+    return f"{prefix}{which}", []
+
+
+def _estimating(net: nn.Module) -> nn.Module:
+    """Return a copy whose batch norms take over the statistics of the batch they see."""
+    twin = copy.deepcopy(net)
+    for m in twin.modules():
+        if isinstance(m, _BatchNorm) and m.track_running_stats:
+            m.train()
+            m.momentum = 1.0
+            m.num_batches_tracked = None
+    return twin

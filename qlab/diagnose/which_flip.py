@@ -1,0 +1,347 @@
+r"""Which flip changed a prediction? Answered by running the net with and without each.
+
+Let m(w) = z_c - max_{i != c} z_i be the margin of the class c that is predicted with the weights of step a, and e_1, e_2, ... the
+flips between steps a and b in the order of time:
+
+    change_k = m(e_1 ... e_k) - m(e_1 ... e_{k-1})          these sum to m(w_b) - m(w_a)
+    alone_k  = m(w_a with this weight alone as after e_k) - m(w_a)
+    undone_k = m(w_b with this weight as at step a) - m(w_b)
+
+the first k at which the prediction differs, and a smallest set: flips until then which, done alone on the weights of step a,
+change the prediction too, and of which none can be left out.
+
+All of it is of the deployed function: hard weights, in float64. Float layers, biases and batch norm are not recorded; they are
+those of the net that is given.
+
+Shapes: E flips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from qlab.diagnose.base import Result, check
+from qlab.diagnose.flips import interval, places, scrub
+from qlab.diagnose.history import History
+from qlab.errors import InputError
+from qlab.jobs import Update
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from qlab.plots import Figure
+
+__all__ = ["WhichFlip", "tracing", "which_flip"]
+
+MEMORY = 64 * 2**20  # bytes of stacked weights in one batch of nets
+MAX_FLIPS = 20_000
+
+
+@dataclass(frozen=True, eq=False)
+class WhichFlip(Result):
+    """The flips between two steps and what each did to the prediction for one example.
+
+    Args:
+        step_a, step_b: the interval.
+        class_a, class_b: predictions with the weights of either end.
+        margin_a, margin_b: of class_a.
+        steps: (E,) when each flip happened; flips of one step are in the order of tensors and indices.
+        layers: (E,) tensor of each.
+        indices: (E,) place in it.
+        values: (E, 2) value before and after.
+        margins: (E,) margin after the flips up to this one.
+        changes: (E,) change of the margin by this one.
+        alone: (E,) change by this weight's flip alone, on the weights of step a.
+        undone: (E,) change by taking this weight back, on the weights of step b; NaN where it ends as it began.
+        first: number of the first flip after which the prediction differs; None where it never does.
+        smallest: numbers of the flips of a smallest set that suffices; empty where the prediction never changes.
+        todo: share of the flips not followed yet.
+    """
+
+    step_a: int
+    step_b: int
+    class_a: int
+    class_b: int
+    margin_a: float
+    margin_b: float
+    steps: NDArray[np.int64]
+    layers: tuple[str, ...]
+    indices: tuple[tuple[int, ...], ...]
+    values: NDArray[np.float64]
+    margins: NDArray[np.float64]
+    changes: NDArray[np.float64]
+    alone: NDArray[np.float64]
+    undone: NDArray[np.float64]
+    first: int | None
+    smallest: tuple[int, ...]
+    todo: float = 0.0
+
+    def frame(self) -> pd.DataFrame:
+        """Return one row per flip in the order of time."""
+        import pandas as pd
+
+        chosen = set(self.smallest)
+        return pd.DataFrame(
+            {
+                "step": self.steps,
+                "layer": self.layers,
+                "index": self.indices,
+                "before": self.values[:, 0],
+                "after": self.values[:, 1],
+                "margin": self.margins,
+                "change": self.changes,
+                "alone": self.alone,
+                "undone": self.undone,
+                "smallest_set": [k in chosen for k in range(len(self.steps))],
+            }
+        )
+
+    def figure(self) -> Figure:
+        """Draw the margin flip by flip."""
+        from qlab.plots.flips import which_flip_figure
+
+        return which_flip_figure(self)
+
+    def summary(self) -> str:
+        """Say which flip changed the prediction, and which flips suffice."""
+        head = (
+            f"Deployed function, steps {self.step_a} to {self.step_b}: {len(self.steps):,} flips took the margin of class "
+            f"{self.class_a} from {self.margin_a:.3g} to {self.margin_b:.3g}"
+        )
+        if self.first is None:
+            return f"{head}; the prediction is {self.class_a} after every one of them."
+        k = self.first
+        which = f"{self.layers[k]}[{', '.join(map(str, self.indices[k]))}]"
+        after = (
+            f"the prediction then is {self.class_b}"
+            if self.class_b != self.class_a
+            else "but it returns before the end"
+        )
+        names = ", ".join(f"{self.layers[i]}[{', '.join(map(str, self.indices[i]))}]" for i in self.smallest[:5])
+        more = ", ..." if len(self.smallest) > 5 else ""
+        return (
+            f"{head}. The flip of {which} at step {self.steps[k]} (number {k + 1}) is the first after which the prediction "
+            f"differs; {after}. {len(self.smallest)} flip{'s' if len(self.smallest) != 1 else ''} of those until then "
+            f"suffice: {names}{more}."
+        )
+
+
+def which_flip(history: History, net: nn.Module, x: Tensor, step_a: int, step_b: int) -> WhichFlip:
+    """Return which flips between two steps changed the prediction for one example, by running the net with and without each.
+
+    Args:
+        history: recorded during the training of this net.
+        net: a method of the lab or its net; of it come float layers, biases and batch norm.
+        x: (1, ...) one example as the net takes it.
+        step_a, step_b: the interval.
+
+    Raises:
+        InputError: for more than one example, steps that were not recorded, more than 20,000 flips in the interval, another
+            net, or what `check` refuses.
+    """
+    result = None
+    for update in tracing(history, net, x, step_a, step_b):
+        result = update.value
+    assert isinstance(result, WhichFlip)
+    return result
+
+
+def tracing(history: History, net: nn.Module, x: Tensor, step_a: int, step_b: int) -> Iterator[Update]:
+    """Do `which_flip` as a piece of work: the margin flip by flip first, then each flip alone, then a smallest set.
+
+    Args, Raises: as of `which_flip`; values are `WhichFlip`s, NaN where not computed yet.
+    """
+    if not isinstance(x, Tensor) or x.dim() < 2 or len(x) != 1:
+        given = f"inputs of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise InputError(f"which_flip got {given}; expected one example of shape (1, ...), such as x[3:4]")
+    x = x.double()
+    first, last = interval(history, step_a, step_b)
+    hard = scrub(history, net, step_a).double()
+    check(hard, x, None, labels=False)
+    nets = _Nets(hard, x, history, places(history, hard))
+    events = _Events(history, first, last)
+    size = len(events.steps)
+    if size > MAX_FLIPS:
+        raise InputError(
+            f"there are {size:,} flips between steps {step_a} and {step_b}; choose an interval with at most {MAX_FLIPS:,}"
+        )
+    a, b = events.state(first), events.state(last)
+    z_a, z_b = nets.logits([a])[0], nets.logits([b])[0]
+    c = int(z_a.argmax())
+    nan = np.full(size, np.nan)
+    known: dict[str, Any] = {
+        "step_a": step_a,
+        "step_b": step_b,
+        "class_a": c,
+        "class_b": int(z_b.argmax()),
+        "margin_a": _margin(z_a, c),
+        "margin_b": _margin(z_b, c),
+        "steps": events.steps,
+        "layers": tuple(history.tensors[t].name for t, _ in events.where),
+        "indices": tuple(tuple(map(int, np.unravel_index(i, history.tensors[t].shape))) for t, i in events.where),
+        "values": events.values,
+    }
+    margins, alone, undone = nan.copy(), nan.copy(), nan.copy()
+    classes = np.full(size, c)
+
+    def result(first_change: int | None, smallest: tuple[int, ...], todo: float) -> WhichFlip:
+        changes = np.diff(margins, prepend=known["margin_a"])
+        return WhichFlip(
+            **known,
+            margins=margins.copy(),
+            changes=changes,
+            alone=alone.copy(),
+            undone=undone.copy(),
+            first=first_change,
+            smallest=smallest,
+            todo=todo,
+        )
+
+    for low in range(0, size, nets.chunk):
+        z = nets.logits(events.prefixes(a, low, min(low + nets.chunk, size)))
+        for k, row in enumerate(z, low):
+            margins[k], classes[k] = _margin(row, c), int(row.argmax())
+        yield Update((low + len(z)) / size / 3, f"{low + len(z)} of {size} flips done", result(None, (), 1.0))
+    turned = np.flatnonzero(classes != c)
+    first_change = int(turned[0]) if len(turned) else None
+    for low in range(0, size, nets.chunk):
+        some = range(low, min(low + nets.chunk, size))
+        z = nets.logits([events.applied(a, [k]) for k in some])
+        back = nets.logits([events.taken_back(b, a, k) for k in some])
+        for k, row, other in zip(some, z, back, strict=True):
+            alone[k] = _margin(row, c) - known["margin_a"]
+            returns = a[events.where[k]] == b[events.where[k]]
+            undone[k] = np.nan if returns else _margin(other, c) - known["margin_b"]
+        yield Update(
+            1 / 3 + (low + len(z)) / size / 3, f"{low + len(z)} of {size} flips alone", result(first_change, (), 0.5)
+        )
+    smallest: tuple[int, ...] = ()
+    if first_change is not None:
+        smallest = yield from _smallest(nets, events, a, c, first_change, lambda: result(first_change, (), 0.2))
+    yield Update(1.0, f"{size} flips", result(first_change, smallest, 0.0))
+
+
+def _margin(z: Tensor, c: int) -> float:
+    others = torch.cat([z[:c], z[c + 1 :]])
+    return float(z[c] - others.max()) if len(others) else float("nan")
+
+
+Place = tuple[int, int]
+"""Which tensor, which weight of it."""
+
+State = dict[Place, float]
+"""The weights that flip in the interval, and the value of each; all others stay put."""
+
+
+class _Events:
+    """The flips between two rows of a history, in the order of time."""
+
+    def __init__(self, history: History, first: int, last: int) -> None:
+        found: list[tuple[int, int, int, float, float]] = []
+        self._courses: dict[Place, NDArray[np.float64]] = {}
+        for j, t in enumerate(history.tensors):
+            codes = history.codes(t.name, first, last + 1)
+            moving = np.flatnonzero((codes != codes[0]).any(0))
+            for i in moving:
+                course = t.values(codes[:, i])
+                self._courses[j, int(i)] = course
+                found += [
+                    (int(r) + 1, j, int(i), course[r], course[r + 1]) for r in np.flatnonzero(np.diff(codes[:, i]))
+                ]
+        found.sort(key=lambda event: event[:3])
+        self.first = first
+        self.steps = np.array([history.steps[first + r] for r, *_ in found], np.int64)
+        self.where: list[Place] = [(j, i) for _, j, i, _, _ in found]
+        self.values = np.array([event[3:] for event in found], np.float64).reshape(-1, 2)
+
+    def state(self, row: int) -> State:
+        """Return the values at a row of the history."""
+        return {place: float(course[row - self.first]) for place, course in self._courses.items()}
+
+    def applied(self, state: State, numbers: list[int]) -> State:
+        """Return a state after some of the flips."""
+        return state | {self.where[k]: float(self.values[k, 1]) for k in numbers}
+
+    def prefixes(self, state: State, low: int, high: int) -> list[State]:
+        """Return the states after flips 0 ... k, for k from low to high (exclusive)."""
+        now = self.applied(state, list(range(low)))
+        states = []
+        for k in range(low, high):
+            now = now | {self.where[k]: float(self.values[k, 1])}
+            states.append(now)
+        return states
+
+    def taken_back(self, state: State, start: State, k: int) -> State:
+        """Return a state in which the weight of flip k is as at the start."""
+        return state | {self.where[k]: start[self.where[k]]}
+
+
+class _Nets:
+    """One example through nets that differ in a few weights, many at once."""
+
+    def __init__(self, net: nn.Module, x: Tensor, history: History, names: dict[str, str]) -> None:
+        self.net, self.x = net, x
+        self.parameters = {name: p.detach() for name, p in net.named_parameters()}
+        self.names = [names[t.name] for t in history.tensors]
+        size = sum(self.parameters[name].numel() for name in self.names)
+        self.chunk = max(1, MEMORY // (8 * max(size, x.numel())))
+
+    def logits(self, states: list[State]) -> Tensor:
+        """Return the logits (K, d) of the nets in K states."""
+        which = sorted({j for state in states for j, _ in state})
+        if not which or not states:
+            with torch.no_grad():
+                return self.net(self.x).expand(len(states), -1)
+        stack = {}
+        for j in which:
+            w = self.parameters[self.names[j]]
+            flat = w.reshape(1, -1).repeat(len(states), 1)
+            at = [(k, i, value) for k, state in enumerate(states) for (t, i), value in state.items() if t == j]
+            rows, columns, values = zip(*at, strict=True)
+            flat[list(rows), list(columns)] = torch.tensor(values, dtype=w.dtype)
+            stack[self.names[j]] = flat.reshape(-1, *w.shape)
+
+        def one(some: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(self.net, self.parameters | some, (self.x,))[0]
+
+        with torch.no_grad():
+            return torch.func.vmap(one)(stack)
+
+
+def _smallest(
+    nets: _Nets, events: _Events, a: State, c: int, last: int, so_far: Callable[[], WhichFlip]
+) -> Generator[Update, None, tuple[int, ...]]:
+    """Yield heartbeats; return flips of 0 ... last that change the prediction, none of which can be left out.
+
+    Halves are left out while that is possible, then single flips, in the order of time, until no single one can be.
+    """
+
+    def changed(sets: list[list[int]]) -> list[bool]:
+        verdicts: list[bool] = []
+        for low in range(0, len(sets), nets.chunk):
+            z = nets.logits([events.applied(a, some) for some in sets[low : low + nets.chunk]])
+            verdicts += [int(row.argmax()) != c for row in z]
+        return verdicts
+
+    kept = list(range(last + 1))
+    parts = 2
+    while len(kept) > 1:
+        size = -(-len(kept) // parts)
+        pieces = [kept[i : i + size] for i in range(0, len(kept), size)]
+        without = [[k for k in kept if k not in set(piece)] for piece in pieces]
+        yield Update(2 / 3, f"{len(kept)} flips suffice", so_far())
+        good = [rest for rest, is_changed in zip(without, changed(without), strict=True) if rest and is_changed]
+        if good:
+            kept, parts = good[0], max(parts - 1, 2)
+        elif size == 1:
+            break
+        else:
+            parts = min(2 * parts, len(kept))
+    return tuple(kept)
