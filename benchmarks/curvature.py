@@ -27,7 +27,7 @@ from qlab.data import load
 from qlab.diagnose.curvature import Curvature, curvature
 
 EXAMPLES, PROBES, STEPS = 256, 64, 150
-OUR_PROBES = 48
+OUR_PROBES = 52
 ACCURACY = 1e-4  # relative, of the top eigenvalue
 TOLERANCES = (1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 1e-6)
 

@@ -1,4 +1,4 @@
-"""The command line: `qlab methods, describe, fit, test, pack, reproduce, bench`.
+"""The command line: `qlab methods, describe, fit, test, pack, diagnose, reproduce, bench`.
 
 This file reads the command and hands on. It imports neither torch nor Lightning, so that `--help`, `methods` and every
 mistyped name are answered at once; `qlab.cli.training` (on LightningCLI) and the others are imported when they are needed.
@@ -60,6 +60,17 @@ def _parser() -> argparse.ArgumentParser:
         default="unpack",
         help="how sign weights weigh floats: as the original net sums, or with less memory traffic; default: unpack",
     )
+
+    diagnose = commands.add_parser(
+        "diagnose",
+        help="say what is wrong with a trained net",
+        description="Examine a checkpoint's deployed and training-time net on test data, and name what is wrong with them, the "
+        "likeliest cause first. Exit status: 0, whatever is found.",
+    )
+    diagnose.add_argument("checkpoint", metavar="CKPT", help="a checkpoint of `qlab fit`; nothing in it is executed")
+    diagnose.add_argument("--data", metavar="NAME", help="default: what the net was trained on, if config.yaml says it")
+    diagnose.add_argument("--examples", type=int, default=256, metavar="N", help="of the batch; default: 256")
+    diagnose.add_argument("--json", metavar="FILE", help="also write the findings here")
 
     reproduce = commands.add_parser(
         "reproduce",
@@ -123,6 +134,10 @@ def _dispatch(arguments: list[str]) -> int:
         from qlab.cli.packing import pack
 
         return pack(options)
+    if options.command == "diagnose":
+        from qlab.cli.diagnose import diagnose
+
+        return diagnose(options)
 
     from qlab.cli import judging
 

@@ -29,7 +29,7 @@ class Agreement:
     Args:
         cosine: in [-1, 1].
         spearman: rank correlation, ties share their mean rank.
-        sign_agreement: share of equal signs where the truth is not zero.
+        sign_agreement: share of equal signs where the truth is not zero; a believed gradient of 0 has no sign and counts as wrong.
         n: coordinates compared.
         nonzero: those of them where the truth is not zero.
     """

@@ -15,7 +15,6 @@ Source: Kokhlikyan et al. 2020, arXiv 2009.07896 (captum); Yeh et al. 2019, arXi
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -170,7 +169,23 @@ def attributing(
     yield Update(1.0, "", references.attributions(p, maps))
 
 
-def attribute(net: nn.Module, x: Tensor, target: int | Tensor, *args: Any, **kwargs: Any) -> Attributions:
+def attribute(
+    net: nn.Module,
+    x: Tensor,
+    target: int | Tensor,
+    methods: Sequence[str] = DEFAULT,
+    baseline: float | Tensor = 0.0,
+    features: int | Tensor | None = None,
+    output: str = "logit",
+    layer: str = "",
+    relu: bool = True,
+    steps: int = 50,
+    samples: int = 25,
+    noise: float = 0.1,
+    window: int = 3,
+    scores: bool = False,
+    seed: int = 0,
+) -> Attributions:
     """Attribute an output of a net to the features of its inputs, by several methods, each map with its checks.
 
     Every map explains F = output of the target class; see `attribution_methods` for the equations and `guard` for the checks.
@@ -198,8 +213,6 @@ def attribute(net: nn.Module, x: Tensor, target: int | Tensor, *args: Any, **kwa
             a method that this net does not allow, with the reason.
         UnknownNameError: for an unknown method or output.
     """
-    result: Attributions | None = None
-    for update in attributing(net, x, target, *args, **kwargs):
-        result = update.value or result
-    assert result is not None
-    return result
+    settings = (methods, baseline, features, output, layer, relu, steps, samples, noise, window, scores, seed)
+    *_, last = attributing(net, x, target, *settings)
+    return last.value

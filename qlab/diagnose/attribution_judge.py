@@ -67,7 +67,7 @@ class References:
                 guard.flips(p.F.net, p.x, p.target, p.groups),
             ):
                 behind |= z.abs() > least_z
-        explains, why = guard.gradient_explains(p.F, p.x, p.x0, p.target)
+        explains, why = guard.gradient_explains(p.F.net, p.x, p.x0, p.target)
         flat = p.groups.flatten()
         differs = torch.zeros_like(ablation).index_add_(1, flat, (p.x != p.x0).to(ablation.dtype).flatten(1))
         moved = ablation.abs() > least
@@ -133,7 +133,10 @@ class References:
             constructed = constructed | np.broadcast_to((scores != 0).any(1, keepdims=True), scores.shape)
         zeros = guard.zero_codes(scores, changes, constructed)
         asked = (changes & ~constructed).sum(1)
-        silent = (asked > 0) & ((zeros == guard.SILENT).sum(1) >= 0.5 * asked)
+        broken = ~np.isfinite(scores).all(1)
+        silent = broken | (asked > 0) & ((zeros == guard.SILENT).sum(1) >= 0.5 * asked)
+        if broken.any():
+            return zeros, silent, "the map holds NaN or infinite values"
         if not silent.any():
             return zeros, silent, ""
         return zeros, silent, self._reason(name, p, silent)
@@ -153,7 +156,7 @@ class References:
             return "the final ReLU left nothing: every part of the layer counts against the class; use relu=False"
         return (
             "the gradient is exactly zero where the net changes: a step passes none (a quantized input, a rounding, or a "
-            "straight-through rule outside its range)"
+            "straight-through rule outside its range, a detached tensor)"
         )
 
     def attributions(self, p: Problem, maps: Sequence[AttributionMap]) -> Attributions:

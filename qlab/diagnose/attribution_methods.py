@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from qlab.diagnose.attribution_deeplift import deeplift
 from qlab.errors import InputError
 
-__all__ = ["METHODS", "OUTPUTS", "Head", "MethodInfo", "Problem", "gradcam_layer"]
+__all__ = ["METHODS", "OUTPUTS", "Head", "MethodInfo", "Problem", "gradcam_layer", "values"]
 
 OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "logit": lambda z: z,
@@ -265,8 +265,20 @@ METHODS: dict[str, MethodInfo] = {
 }
 
 
+def _differentiable(p: Problem) -> bool:
+    probe = p.x[:1].detach().clone().requires_grad_()
+    with torch.enable_grad():
+        out = p.F(probe).sum()
+        return out.requires_grad and torch.autograd.grad(out, probe, allow_unused=True)[0] is not None
+
+
 def values(name: str, p: Problem) -> Tensor:
-    """Return a method's values, of the shape of p.x, without captum's remarks on its own hooks and on gradients of inputs."""
+    """Return a method's values, of the shape of p.x, without captum's remarks on its own hooks and on gradients of inputs.
+
+    Where the net passes no gradient to its input at all (a detached or integer step) a gradient method's values are zero.
+    """
+    if METHODS[name].asks != "values" and not _differentiable(p):
+        return torch.zeros_like(p.x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with torch.enable_grad():

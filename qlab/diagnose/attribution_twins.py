@@ -143,8 +143,5 @@ def twins(float_net: nn.Module, quantized_net: nn.Module, x: Tensor, target: int
     Raises:
         InputError, UnknownNameError: as `attribute`.
     """
-    result: Twins | None = None
-    for update in twinning(float_net, quantized_net, x, target, **settings):
-        result = update.value or result
-    assert result is not None
-    return result
+    *_, last = twinning(float_net, quantized_net, x, target, **settings)
+    return last.value

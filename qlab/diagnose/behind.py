@@ -90,7 +90,7 @@ class Behind:
         self.modules = dict(J.net.named_modules())
         self.nodes = list(graph.nodes)
         self.node = calls[0]
-        self.a, self.z = self.values[self.node.args[0]], self.values[self.node]  # type: ignore[index]
+        self.a, self.z = self.values[self.node.args[0]], self.values[self.node]
         self.axis = 1 if isinstance(module, _ConvNd) else -1
         self.spread = self.z.dim() > 2  # a unit gives a map, not a number
         if self.z.dim() < 2 or len(self.z) != self.N or (isinstance(module, _ConvNd) and self.z.dim() != self.w.dim()):
@@ -287,7 +287,7 @@ class Behind:
         for i in k:
             only = torch.zeros_like(self.w)
             only.flatten(1)[:, i] = -2 * self.w.flatten(1)[:, i]
-            steps.append(self.z + self.module._conv_forward(self.a, only, None))  # type: ignore[operator]
+            steps.append(self.z + self.module._conv_forward(self.a, only, None))
         return torch.stack(steps)
 
     def _two_values(self) -> Tensor | None:

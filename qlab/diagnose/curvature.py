@@ -16,8 +16,8 @@ that have an answer:
     `qlab.diagnose.discrete.stein`       curvature of the loss averaged over a Gaussian, from losses alone
     `qlab.diagnose.discrete.flips`       second differences over signs of weights
 
-Source: Pearlmutter 1994 (H v); Hutchinson 1990, with Q from a sketch H S as in Hutch++, Meyer et al., arXiv 2010.09649; Yao et al., PyHessian, arXiv 1912.07145; Foret et al., SAM, arXiv 2010.01412;
-Keskar et al., arXiv 1609.04836 (the ball).
+Source: Pearlmutter 1994 (H v); Hutchinson 1990, with Q from a sketch H S as in Hutch++, Meyer et al., arXiv 2010.09649; Yao et al.,
+PyHessian, arXiv 1912.07145; Foret et al., SAM, arXiv 2010.01412; Keskar et al., arXiv 1609.04836 (the ball).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Hessian:
         products_done: vectors multiplied so far.
     """
 
-    def __init__(self, f: Callable[[dict[str, Tensor]], Tensor], theta: Mapping[str, Tensor], chunk: int = 16) -> None:
+    def __init__(self, f: Callable[[dict[str, Tensor]], Tensor], theta: Mapping[str, Tensor], chunk: int = 8) -> None:
         self.f, self.theta, self.chunk = f, {name: w.detach() for name, w in theta.items()}, chunk
         if not self.theta:
             raise InputError("there are no parameters to take the curvature over")
@@ -328,7 +328,7 @@ def curving(
         raise InputError("top, probes, runs, steps, iterations and rho must not be negative")
     J, label = _objective(net, x, y, function, loss, beta, names, k)
     chosen = J.theta if names is None else {name: J.theta[name] for name in names}
-    H = Hessian(J.at, chosen, chunk=min(J.chunk, 16))
+    H = Hessian(J.at, chosen, chunk=min(J.chunk, 8))
     value = float(J.at(chosen))
     if not (math.isfinite(value) and bool(H.gradient.isfinite().all())):
         raise InputError(f"the loss ({value}) or its gradient is not finite; lower beta, or look for diverged weights")

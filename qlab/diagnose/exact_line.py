@@ -4,8 +4,9 @@ With weights hard(w + t d) the deployed loss changes only where a weight crosses
 
     t_i = -w_i / d_i,        d_i != 0,
 
-so the loss on [low, high] is a staircase of at most (#events + 1) plateaus. Between consecutive events it is evaluated with the very
-weights of that piece, put together from the flips and not from a sampled t: there is no sampling error and no rounding of w + t d.
+so the loss on [low, high] is a staircase of at most (#events + 1) plateaus. Between consecutive events it is evaluated
+with the very weights of that piece, put together from the flips and not from a sampled t: there is no sampling error and no
+rounding of w + t d.
 
 If w_i and d_i are normal with equal scale, the share of flipped weights is arctan(|t|) / pi, whatever the net.
 
@@ -18,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -132,10 +133,10 @@ class ExactLine(Result):
             size = self.loss[jump + 1] - self.loss[jump]
             text += f" The largest jump, {size:+.3g}, is at t = {self.edges[jump + 1]:.3g}."
         if low <= 0 <= high and len(self.loss) > 1:
-            end = high if high >= -low else low
+            end, last = (high, -1) if high >= -low else (low, 0)
             text += (
-                f" At t = {end:.3g}, {self.flipped[-1 if end > 0 else 0]:.1%} of the {self.weights:,} quantized weights have flipped; "
-                f"for normal weights and directions of equal scale it would be {float(flip_share(end)):.1%}."
+                f" At t = {end:.3g}, {self.flipped[last]:.1%} of the {self.weights:,} quantized weights have "
+                f"flipped; for normal weights and directions of equal scale it would be {float(flip_share(end)):.1%}."
             )
         if self.held:
             text += f" Held still: {', '.join(self.held)}."
@@ -162,11 +163,12 @@ def exact_line(
         low: where the line begins.
         high: where it ends.
         loss: a name of `LOSSES`, or logits and labels to one loss per example.
-        float_parts: what to do where d moves float tensors, between whose events the loss is smooth: "refuse", or "hold" them still.
+        float_parts: what to do where d moves float tensors, so that the loss is smooth between events: "refuse", or "hold"
+            them still.
 
     Raises:
-        InputError: see `qlab.diagnose.base.check`; no quantized weights move; a quantizer whose deployed values are no fixed grid (a
-            scale alpha(w)); float parts that move; an empty or endless range.
+        InputError: see `qlab.diagnose.base.check`; no quantized weights move; a quantizer whose deployed values are no
+            fixed grid (a scale alpha(w)); float parts that move; an empty or endless range.
     """
     net = plain(net)
     check(net, x, y)
@@ -191,7 +193,7 @@ def exact_line(
     values = []
     with torch.no_grad():
         for i in range(0, len(edges) - 1, many.chunk):
-            piece = torch.arange(i, min(i + many.chunk, len(edges) - 1))
+            piece = np.arange(i, min(i + many.chunk, len(edges) - 1))
             stack = {name: part.at(piece, turn[name]) for name, part in parts.items()}
             still = {n: q.hard(w) for n, (w, q) in tensors.items() if n not in parts}
             values.append(many.values(stack | {n: w.expand(len(piece), *w.shape) for n, w in still.items()}))
@@ -213,8 +215,8 @@ def exact_line(
 class _Part:
     """One quantized tensor on the line: its deployed values before and after every event.
 
-    Thresholds theta_1 < ... < theta_m and levels l_0 < ... < l_m: weight i has the level l_j, j the number of thresholds it is at or
-    above, and passes threshold j at t = (theta_j - w_i) / d_i.
+    Thresholds theta_1 < ... < theta_m and levels l_0 < ... < l_m: weight i has the level l_j, j the number of thresholds it
+    is at or above, and passes threshold j at t = (theta_j - w_i) / d_i.
     """
 
     def __init__(self, w: Tensor, d: Tensor, quantizer: Quantizer, name: str) -> None:
@@ -224,10 +226,12 @@ class _Part:
             raise InputError(f"the weights of {name!r} cannot be followed: {error}") from error
         grid = self.levels.to(w)
         hard = quantizer.hard(w).detach()
-        if not bool(torch.isin(hard, quantizer.levels(w.dtype).to(w)).all()):  # type: ignore[union-attr]
+        exact = quantizer.levels(w.dtype)
+        assert exact is not None
+        if not bool(torch.isin(hard, exact.to(w)).all()):
             raise InputError(
-                f"the deployed values of {name!r} are no fixed grid (a scale that depends on the weights moves with them), so the loss "
-                "is smooth between the flips and has no plateaus"
+                f"the deployed values of {name!r} are no fixed grid (a scale that depends on the weights moves with them), so "
+                "the loss is smooth between the flips and has no plateaus"
             )
         self.w, self.d, self.grid = w, d, grid
         self.moving = int((d != 0).sum())
@@ -236,15 +240,21 @@ class _Part:
             t = (theta.numpy()[:, None] - w64) / d64  # (m, n)
         self.t = np.where(d64 != 0, t, np.inf)
         self.up = d64 > 0
-        self.always = (theta.numpy()[:, None] <= w64).astype(np.int64)  # for weights that stay
+        self.moves = np.isfinite(self.t)
+        self.always = theta.numpy()[:, None] <= w64  # for weights that stay
 
-    def at(self, piece: Tensor, turn: NDArray[np.int64]) -> Tensor:
-        """Return the deployed values (K, *shape) on pieces (K,); `turn` (m, n) is the first piece after each event."""
-        turns = torch.from_numpy(turn)[None]
-        after = piece[:, None, None] >= turns
-        up, moves = torch.from_numpy(self.up), torch.from_numpy(np.isfinite(self.t))
-        above = torch.where(moves, torch.where(up, after, ~after), torch.from_numpy(self.always.astype(bool)))
-        return self.grid[above.sum(1).to(self.grid.device)].view(len(piece), *self.w.shape)
+    def at(self, piece: NDArray[np.int64], turn: NDArray[np.int64]) -> Tensor:
+        """Return the deployed values (K, *shape) on consecutive pieces (K,); `turn` (m, n) is the first piece after each event."""
+        value = self._level(piece[:1], turn, slice(None)).expand(len(piece), -1).clone()
+        changing = ((turn > piece[0]) & (turn <= piece[-1])).any(0).nonzero()[0]
+        if len(changing):
+            value[:, torch.from_numpy(changing).to(value.device)] = self._level(piece, turn, changing)
+        return value.view(len(piece), *self.w.shape)
+
+    def _level(self, piece: NDArray[np.int64], turn: NDArray[np.int64], of: Any) -> Tensor:
+        after = piece[:, None, None] >= turn[None, :, of]
+        above = np.where(self.moves[:, of], after == self.up[of], self.always[:, of])
+        return self.grid[torch.from_numpy(above.sum(1)).to(self.grid.device)]
 
     def flips(self, edges: Array) -> NDArray[np.int64]:
         """Return how many weights have a level other than at t = 0, per piece: of each, the first event on either side counts."""

@@ -125,9 +125,12 @@ def flips(history: History, since: int | None = None, until: int | None = None, 
         total = np.zeros(t.size, np.int64)
         for low in range(first, last, CHUNK_ROWS):
             high = min(low + CHUNK_ROWS, last)
-            changed = np.diff(history.codes(t.name, low, high + 1), axis=0) != 0
-            counts[low - first : high - first, j] = changed.sum(1)
-            total += changed.sum(0)
+            words = history.rows(t.name)[low : high + 1]
+            planes = (words[1:] ^ words[:-1]).reshape(high - low, t.planes, -1)
+            changed = np.bitwise_or.reduce(planes, axis=1).astype("<u8").view(np.uint8)
+            bits = np.unpackbits(changed, axis=-1, count=t.size, bitorder="little")
+            counts[low - first : high - first, j] = bits.sum(1, dtype=np.int64)
+            total += bits.sum(0, dtype=np.int64)
         per_weight[t.name] = total.reshape(t.shape)
     return Flips(
         names=tuple(t.name for t in history.tensors),

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from qlab.plots import Figure
 
-__all__ = ["REFERENCES", "Compared", "Mismatch", "mismatch", "mismatching"]
+__all__ = ["REFERENCES", "Compared", "Mismatch", "believing", "mismatch", "mismatching"]
 
 Reference = Literal["coordinate", "smoothed", "flip"]
 REFERENCES: tuple[Reference, ...] = ("coordinate", "smoothed", "flip")
@@ -93,6 +93,7 @@ class Mismatch(Result):
         rows: one per layer and reference.
         states: one per layer: what indirect measures say.
         points: (layer, reference) -> surrogate and truth (n,).
+        index: layer -> (n,) positions of the compared coordinates in the flat weight; empty for inputs.
         examples: N.
         of: "weights" or "inputs".
     """
@@ -100,6 +101,7 @@ class Mismatch(Result):
     rows: tuple[Compared, ...]
     states: tuple[LayerState, ...]
     points: dict[tuple[str, str], tuple[NDArray[np.float64], NDArray[np.float64]]]
+    index: dict[str, NDArray[np.int64]]
     examples: int
     of: str
 
@@ -222,7 +224,7 @@ def mismatching(
             rows.append(Compared("input", reference, **row))
             points["input", reference] = pair
             yield Update(
-                (done + 1) / len(todo), f"input, {reference}", Mismatch(tuple(rows), (), dict(points), len(x), of)
+                (done + 1) / len(todo), f"input, {reference}", Mismatch(tuple(rows), (), dict(points), {}, len(x), of)
             )
         return
     names = weight_names(net)
@@ -236,13 +238,15 @@ def mismatching(
     states = layer_states(net, x, names, g)
     hard = hard_net(net)
     deployed = Objective(variant(net, "deployed"), x, y, loss=loss, beta=beta)
+    where: dict[str, NDArray[np.int64]] = {}
     steps = len(names) * len(references)
     done = 0
-    yield Update(0.0, "Back-propagated", Mismatch((), states, {}, len(x), of))
+    yield Update(0.0, "Back-propagated", Mismatch((), states, {}, {}, len(x), of))
     for layer, name in names.items():
         w = J.theta[name]
         index = subset(w.numel(), coordinates, seed).to(w.device)
         believed = g[name].flatten()[index]
+        where[layer] = index.cpu().numpy()
         binary = "flip" in references and _not_bits(hard, x, weight_names(hard)[layer]) is None
         for reference in references:
             done += 1
@@ -273,8 +277,49 @@ def mismatching(
                 )
             )  # fmt: skip
             points[layer, reference] = (believed.double().cpu().numpy(), truth.double().cpu().numpy())
-            yield Update(done / steps, f"{layer}, {reference}", Mismatch(tuple(rows), states, dict(points), len(x), of))
-    yield Update(1.0, "Compared", Mismatch(tuple(rows), states, points, len(x), of))
+            yield Update(
+                done / steps,
+                f"{layer}, {reference}",
+                Mismatch(tuple(rows), states, dict(points), dict(where), len(x), of),
+            )
+    yield Update(1.0, "Compared", Mismatch(tuple(rows), states, points, where, len(x), of))
+
+
+def believing(
+    known: Mismatch, net: nn.Module, x: Tensor, y: Tensor, *, loss: str | Loss = "margin", beta: float = 1.0
+) -> Mismatch:
+    """Compare another surrogate with the truths of `known`: they belong to the deployed net, which it does not change.
+
+    Args:
+        known: from `mismatch` of weights, of the same net with whatever surrogate, batch, loss and beta; its smoothed
+            references are left out, for their intervals depend on the surrogate.
+        net, x, y, loss, beta: as in `mismatch`.
+
+    Raises:
+        UnknownNameError: a layer that the net does not have.
+        InputError: gradients of inputs; and what `check` says.
+    """
+    if known.of != "weights":
+        raise InputError("the known truths are of inputs; expected those of weights")
+    J = Objective(net, x, y, loss=loss, beta=beta)
+    names = weight_names(J.net)
+    for layer in known.index:
+        if layer not in names:
+            raise UnknownNameError("layer", layer, names)
+    names = {layer: names[layer] for layer in known.index}
+    g = J.gradient(list(names.values()))
+    rows, points = [], {}
+    for row in known.rows:
+        if row.reference == "smoothed":
+            continue
+        believed = g[names[row.layer]].flatten().double().cpu()[torch.from_numpy(known.index[row.layer])]
+        _, truth = known.points[row.layer, row.reference]
+        a = agreement(believed, torch.from_numpy(truth))
+        rows.append(
+            replace(row, cosine=a.cosine, corrected=a.cosine, spearman=a.spearman, sign_agreement=a.sign_agreement)
+        )
+        points[row.layer, row.reference] = (believed.numpy(), truth)
+    return Mismatch(tuple(rows), layer_states(J.net, x, names, g), points, known.index, len(x), known.of)
 
 
 def _check_options(

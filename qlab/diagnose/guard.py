@@ -125,7 +125,8 @@ def gradient_explains(F: nn.Module, x: Tensor, x0: Tensor, target: Tensor) -> tu
     integral of the gradient from x0 to x, which must come to F(x) - F(x0) and does not where a sign is written as a function.
 
     Args:
-        F: the deployed net, its parameters frozen, so that the graph is that of the input.
+        F: the deployed net to its logits (a saturated softmax on top would hide the gradient), its parameters frozen, so that the
+            graph is that of the input.
         x, x0: (N, ...) inputs and baselines.
         target: (N,) classes.
     """

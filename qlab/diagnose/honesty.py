@@ -11,8 +11,9 @@ it as its gradient, and descent along it may walk in circles.
 Circles are integrated with the trapezoid rule, which converges exponentially for periodic analytic fields; segments with
 Gauss-Legendre. Where the forward pass is piecewise constant the field itself has jumps, and no quadrature rule beats an error of
 the order of jump x step there: `error` is the difference between the rule with all points and with every other one, in the same
-units. The integral is over the smooth pieces only; a jump of the loss itself, which a true derivative would have as a spike, is in the
-residual, not in the integral. So sign nets without any surrogate (gradient 0 almost everywhere) have circulation 0 and residual 1.
+units. The integral is over the smooth pieces only; a jump of the loss itself, which a true derivative would have as a spike, is in
+the residual, not in the integral. So sign nets without a surrogate, whose gradient is 0 almost everywhere, have residual 1, and no
+circulation to speak of (NaN: nothing flows).
 
 Source: the curl test of vector calculus; Yin et al. 2019, arXiv 1903.05662 (the straight-through field is no gradient).
 

@@ -242,8 +242,9 @@ def _basis(rows: Tensor, known: Tensor, threshold: float) -> Tensor:
 def golub_kahan(forward: Products, backward: Products, start: Tensor, steps: int) -> Tensor:
     """Return singular values (R, m), descending, of R matrices A_r (p x q) at once, from m steps of bidiagonalisation.
 
-    u_j = (A v_j - beta_{j-1} u_{j-1}) / alpha_j,  v_{j+1} = (A' u_j - alpha_j v_j) / beta_j,  with full re-orthogonalisation;
-    they are the singular values of the bidiagonal matrix of alpha and beta, all of them for m = min(p, q).
+    alpha_j v_j = A' u_j - beta_{j-1} v_{j-1},  beta_j u_{j+1} = A v_j - alpha_j u_j,  with full re-orthogonalisation; they are the
+    singular values of the bidiagonal matrix of alpha and beta, all of them for m = min(p, q). Where the space is exhausted, as by
+    multiple singular values, it goes on from a random vector outside of it.
 
     Args:
         forward: (R, q) -> (R, p), row r times A_r.
@@ -253,31 +254,35 @@ def golub_kahan(forward: Products, backward: Products, start: Tensor, steps: int
     """
     runs, p = start.shape
     eps = torch.finfo(start.dtype).eps
+    g = torch.Generator().manual_seed(0)
     U = [_rows(start)[0]]
     V: list[Tensor] = []
     alpha, beta = start.new_zeros(runs, steps), start.new_zeros(runs, steps)
     scale = start.new_zeros(runs)
-    done = 0
     for j in range(steps):
-        v = _outside(backward(U[-1]), V)
-        v, alpha[:, j] = _rows(v, 64 * p**0.5 * eps * scale)
+        v, alpha[:, j] = _rows(_outside(backward(U[-1]), V), 64 * p**0.5 * eps * scale)
+        V.append(_fresh(v, V, g))
         scale = torch.maximum(scale, alpha[:, j])
-        V.append(v)
-        u = _outside(forward(v), U)
-        u, beta[:, j] = _rows(u, 64 * p**0.5 * eps * scale)
+        u, beta[:, j] = _rows(_outside(forward(V[-1]), U), 64 * p**0.5 * eps * scale)
+        U.append(_fresh(u, U, g))
         scale = torch.maximum(scale, beta[:, j])
-        U.append(u)
-        done = j + 1
-        if not bool((alpha[:, j] > 0).any()):
-            break
     # A' U = V B' with B lower bidiagonal, (m + 1) x m: alpha on the diagonal, beta below it.
-    B = start.new_zeros(runs, done + 1, done)
-    at = torch.arange(done)
-    B[:, at, at], B[:, at + 1, at] = alpha[:, :done], beta[:, :done]
-    values = torch.linalg.svdvals(B.double())
-    full = values.new_zeros(runs, steps)
-    full[:, :done] = values
-    return full
+    B = start.new_zeros(runs, steps + 1, steps)
+    at = torch.arange(steps)
+    B[:, at, at], B[:, at + 1, at] = alpha, beta
+    return torch.linalg.svdvals(B.double())
+
+
+def _fresh(w: Tensor, basis: list[Tensor], g: torch.Generator) -> Tensor:
+    """Return rows w with every zero row replaced by a random unit one outside of its basis: the space goes on elsewhere.
+
+    The product with it has no part along what is known already, so the matrix stays bidiagonal.
+    """
+    gone = w.norm(dim=1) == 0
+    if not bool(gone.any()) or len(basis) >= w.shape[1]:
+        return w
+    other = _rows(_outside(torch.randn(w.shape, generator=g, dtype=torch.float64).to(w), basis))[0]
+    return torch.where(gone[:, None], other, w)
 
 
 def _outside(w: Tensor, basis: list[Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ import os
 import pathlib
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -169,7 +169,10 @@ class Landscape(Result):
             text += " No weights are quantized."
         noise = self.noise[self.functions[0]][at]
         if np.isfinite(noise):
-            text += f" Over {self.batches} mini-batches the {self.functions[0]} loss at the centre has standard deviation {noise:.2g}."
+            text += (
+                f" Over {self.batches} mini-batches the {self.functions[0]} loss at the centre has standard deviation "
+                f"{noise:.2g}."
+            )
         return text
 
     def _place(self, at: Any) -> str:
@@ -179,13 +182,9 @@ class Landscape(Result):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write all arrays and settings to one file (npz, no pickle), whole or not at all."""
         path = pathlib.Path(path)
-        said = {
-            k: v
-            for k, v in asdict(self).items()
-            if isinstance(v, str | float | int | tuple) and not hasattr(v, "shape")
-        }
+        keys = ("sharpness", "batch_norm", "examples", "batches", "loss_name", "directions", "functions", "digest")
         arrays: dict[str, Any] = {
-            "said": np.array(json.dumps(said | {"functions": self.functions})),
+            "said": np.array(json.dumps({key: getattr(self, key) for key in keys})),
             "a": self.a,
             "b": self.b,
         }
@@ -207,7 +206,7 @@ def load_landscape(path: str | os.PathLike[str]) -> Landscape:
     if not path.is_file():
         raise DataFileError(f"there is no file {path.name!r}; save a landscape first")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {key: file[key] for key in file.files}
         said = json.loads(str(arrays["said"]))
         names = tuple(str(name) for name in said["functions"])
@@ -271,8 +270,8 @@ def landscape(
         names: what a and b are, in words.
 
     Raises:
-        InputError, UnknownNameError: see `qlab.diagnose.base.check`, `variant`; directions that do not fit, are zero or would make a
-            variance negative; a span or number of points that makes no lattice.
+        InputError, UnknownNameError: see `qlab.diagnose.base.check`, `variant`; directions that do not fit, are zero or would
+            make a variance negative; a span or number of points that makes no lattice.
     """
     views = Views(net, x, y, d1, d2, span, points, functions, loss, sharpness, batch_norm, batches, names)
     i, j = np.meshgrid(np.arange(len(views.a)), np.arange(len(views.b)), indexing="ij")
@@ -330,12 +329,16 @@ class Views:
         c = np.stack([self.a[i], self.b[j]], 1)[:, : 1 if len(self.b) == 1 else 2]
         rows = torch.from_numpy(np.ascontiguousarray(c))
         values = [evaluate(rows) for evaluate in self.evaluators]
-        found = {key: np.stack([getattr(v, key).numpy() for v in values]) for key in ("loss", "accuracy", "noise")}
-        return found | {"flipped": self.flips(rows).numpy()}
+        found = {
+            key: np.stack([getattr(v, key).cpu().numpy() for v in values]) for key in ("loss", "accuracy", "noise")
+        }
+        return found | {"flipped": self.flips(rows).cpu().numpy()}
 
     def landscape(self, arrays: Mapping[str, Array], evaluated: NDArray[np.bool_]) -> Landscape:
         """Return the result of arrays (F, A, B), and flipped (A, B)."""
-        by = {key: dict(zip(self.functions, arrays[key], strict=True)) for key in ("loss", "accuracy", "noise")}
+        by: dict[str, Any] = {
+            key: dict(zip(self.functions, arrays[key], strict=True)) for key in ("loss", "accuracy", "noise")
+        }
         return Landscape(
             self.a, self.b, **by, flipped=arrays["flipped"], evaluated=evaluated, **self.said, digest=self.digest
         )
@@ -402,13 +405,9 @@ def axes(span: Span, points: int | tuple[int, int], dimensions: int) -> tuple[Ar
     if sizes[0] * (sizes[1] if dimensions == 2 else 1) > _MOST:
         raise InputError(f"{points} points a side are more than {_MOST:,}; take fewer")
     try:
-        if isinstance(span, int | float):
-            ends = [(-float(span), float(span))] * 2
-        elif isinstance(span[0], int | float):
-            ends = [tuple(float(v) for v in span)] * 2  # type: ignore[union-attr, arg-type, misc]
-        else:
-            ends = [tuple(float(v) for v in pair) for pair in span]  # type: ignore[union-attr, misc]
-        (low, high), (bottom, top) = ends
+        given: Any = (-float(span), float(span)) if isinstance(span, int | float) else span
+        both = (given, given) if isinstance(given[0], int | float) else given
+        (low, high), (bottom, top) = ((float(v), float(w)) for v, w in both)
     except (TypeError, ValueError, IndexError) as error:
         raise InputError(f"span is {span!r}; expected s, (low, high), or a pair of those") from error
     if not (all(math.isfinite(v) for v in (low, high, bottom, top)) and low < high and bottom < top):

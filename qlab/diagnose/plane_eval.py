@@ -106,6 +106,8 @@ class Many:
         self.net, self.x, self.y, self.batches = net, x, y, batches
         self.loss: Loss = LOSSES[loss] if isinstance(loss, str) else loss
         self.tensors = {name: t.detach() for name, t in (*net.named_parameters(), *net.named_buffers())}
+        if batch_norm == "reestimated" and len(x) < 2:
+            raise InputError("re-estimating batch norm needs at least two examples; it was given one")
         self._norms = [name for name, m in net.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
         with torch.no_grad():
             classes = torch.arange(net(x[:1]).shape[1], device=y.device)[:, None]
@@ -119,8 +121,12 @@ class Many:
             raise InputError("this net is no chain of linear layers, frozen batch norms and elementwise maps")
         self.way = way or ("vmap" if self.steps is None else "chain")
         width = max((m.out_features for _, m in self.steps or () if isinstance(m, nn.Linear)), default=1)
-        size = max(x.numel(), len(x) * width) if self.steps is None else len(x) * width
-        self.chunk = max(1, (CACHE if self.steps is not None else 16 * CACHE) // (size * x.element_size()))
+        weights = sum(p.numel() for p in net.parameters())
+        if self.steps is None:
+            room, size = 16 * CACHE, max(x.numel(), len(x) * width, weights)
+        else:
+            room, size = CACHE, max(len(x) * width, weights // 4)
+        self.chunk = max(1, room // (size * x.element_size()))
 
     @torch.no_grad()
     def __call__(self, stack: Stack) -> Values:

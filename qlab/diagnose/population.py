@@ -9,13 +9,13 @@ r"""A net whose coarse gradient and true gradient are both known: one hidden lay
 The coarse gradient replaces sigma' by mu': g = Z'(mu'(Z w) * v) (y - y*). Its mean is
 
     identity, mu' = 1:          ( |v|^2 wh - (v'v*) w* ) / sqrt(2 pi)
-    relu, mu' = 1[z > 0]:       h wh / (2 sqrt(2 pi)) - cos(theta / 2) (v'v*) / sqrt(2 pi) (wh + w*) / |wh + w*|
-                                h = |v|^2 + (1'v)^2 - (1'v)(1'v*) + v'v*
+    relu, mu' = 1[z > 0]:       ( h wh - (v'v*) (wh + w*) ) / (2 sqrt(2 pi)),   h = |v|^2 + (1'v)^2 - (1'v)(1'v*) + v'v*
 
     <E g_relu, grad f> = sin(theta) (v'v*)^2 / (2 (2 pi)^(3/2) |w|) >= 0;   identity: twice that
 
-So both point downhill. Here they serve as a test bench for every estimator of gradients, and as a first lesson: the mean coarse
-gradient is no gradient of f, and still descends.
+So both point downhill. The paper writes cos(theta / 2) (wh + w*) / |wh + w*| for (wh + w*) / 2; they are equal. Both are the
+gradient in w of another function than f, ( |v|^2 |w| - (v'v*) w*'w ) / sqrt(2 pi) for identity. Here they serve as a test bench
+for every estimator of gradients.
 
 Source: Yin et al., Understanding straight-through estimator in training activation quantized neural nets, ICLR 2019, arXiv
 1903.05662.
@@ -66,7 +66,7 @@ class Population:
         ):
             shapes = [tuple(t.shape) for t in (self.v, self.w, self.v_star, self.w_star)]
             raise InputError(f"v, w, v_star, w_star have shapes {shapes}; expected (m,), (n,), (m,), (n,)")
-        if not float(self.w.norm()) > 0 or not float(self.w_star.norm()) > 0:
+        if not float(self.w.detach().norm()) > 0 or not float(self.w_star.detach().norm()) > 0:
             raise InputError("w and w_star must not be zero: a step has no direction there")
         object.__setattr__(self, "w_star", self.w_star / self.w_star.norm())
 
@@ -108,11 +108,7 @@ class Population:
         if which != "relu":
             raise UnknownNameError("coarse gradient with a closed form", which, ("identity", "relu"))
         h = v @ v + v.sum() ** 2 - v.sum() * t.sum() + v @ t
-        middle = wh + self.w_star
-        size = middle.norm()  # 2 cos(theta / 2)
-        return h * wh / (2 * math.sqrt(2 * math.pi)) - size / 2 * (v @ t) / math.sqrt(2 * math.pi) * (
-            middle / size if float(size) > 0 else middle
-        )
+        return (h * wh - (v @ t) * (wh + self.w_star)) / (2 * math.sqrt(2 * math.pi))
 
     def draw(self, samples: int, seed: int = 0) -> Tensor:
         """Return inputs Z (samples, m, n)."""

@@ -6,8 +6,10 @@ r"""Indirect measures of a layer on a batch: saturation, blocked and dead units,
     zero        share of the layer's weight gradients that are exactly 0
     angle       cos(w, sign w) = |w|_1 / (sqrt(n) |w|_2)           of the latent weight; sqrt(2 / pi) for Gaussian w
 
-Source of the angle: Anderson, Berg, arXiv 1705.07199. A layer's activation is the module that runs after it and before the next layer: a quantizer, a nonlinearity of torch, or a
+A layer's activation is the module that runs after it and before the next layer: a quantizer, a nonlinearity of torch, or a
 hand-written module without weights. Where there is none, its three measures are NaN.
+
+Source: Anderson, Berg, arXiv 1705.07199 (the angle).
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from qlab.diagnose.agreement import cosine, weight_names
+from qlab.diagnose.base import check
 from qlab.diagnose.functions import variant
 from qlab.diagnose.objective import Loss, Objective
 from qlab.errors import InputError, UnknownNameError
@@ -147,6 +148,7 @@ def smoothed_gradient(
         UnknownNameError: no such layer.
         InputError: fewer than 4 pairs, a width that is not positive; and what `check` says.
     """
+    net, _ = check(net, x, y)
     J = Objective(variant(net, "deployed"), x, y, loss=loss, beta=beta)
     names = weight_names(J.net)
     if layer not in names:

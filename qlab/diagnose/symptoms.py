@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from qlab.diagnose.coordinates import coordinate_cosine, temperature
 from qlab.diagnose.exam import Exam, Finding, LayerRecord
 from qlab.quantizers import NONLINEARITIES, Quantizer, harden, quantized_tensors
 
@@ -314,48 +315,28 @@ def gradient_mismatch(exam: Exam) -> Iterator[Finding]:
     if not exam.finite or not exam.quantized:
         return
     net = harden(exam.net).double()
-    net.requires_grad_(True)
-    x, y = exam.x[:64].double(), exam.y[:64]
-    theta = {name: p.detach() for name, p in net.named_parameters()}
     signs = {t.name for t in quantized_tensors(exam.net) if t.quantizer.bits == 1}
-    beta = 1 / max(1.0, float(exam.logits.std()))  # else the softmax saturates and hides the difference
     generator = torch.Generator().manual_seed(exam.seed)
-
-    def loss(some: dict[str, Tensor]) -> Tensor:
-        return F.cross_entropy(beta * torch.func.functional_call(net, theta | some, (x,)), y)
-
-    names = [name for name in theta if theta[name].dim() >= 2][:LAYERS_COMPARED]
-    leaves = {name: theta[name].clone().requires_grad_() for name in names}
-    value = loss(leaves)
-    if not value.requires_grad:
-        return
-    grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    for name, g in zip(names, grads, strict=True):
-        w, layer = theta[name], name.removesuffix(".weight")
-        step = _rms(w)
-        if g is None or step == 0:
-            continue
-        chosen = torch.randperm(w.numel(), generator=generator)[:COORDINATES]
-        exact = []
-        with torch.no_grad():
-            for i in chosen.tolist():
-                ends = []
-                for s in (step, -step):
-                    moved = w.flatten().clone()
-                    moved[i] = s if layer in signs else moved[i] + s
-                    ends.append(loss({name: moved.reshape(w.shape)}))
-                exact.append((ends[0] - ends[1]) / (2 * step))
-        coarse, true = g.flatten()[chosen], torch.stack(exact)
-        if not bool(coarse.any()) or not bool(true.any()):
-            continue
-        cosine = float(F.cosine_similarity(coarse, true, dim=0))
+    names = [name for name, p in net.named_parameters() if p.dim() >= 2][:LAYERS_COMPARED]
+    for name in names:
+        layer = name.removesuffix(".weight")
+        cosine = coordinate_cosine(
+            net,
+            exam.x[:64].double(),
+            exam.y[:64],
+            name,
+            signs=layer in signs,
+            count=COORDINATES,
+            generator=generator,
+            beta=temperature(exam.logits),
+        )
         if cosine < 0.1:
             wrong = cosine < -0.4
             yield Finding(
                 "gradient mismatch",
                 "high" if wrong else "low",
                 layer,
-                f"In {layer} the cosine of the back-propagated gradient with exact differences of {len(chosen)} weights is "
+                f"In {layer} the cosine of the back-propagated gradient with exact differences of {COORDINATES} weights is "
                 f"{cosine:.2f}" + (": it points the wrong way." if wrong else "."),
                 "surrogate",
                 STE,

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from qlab.plots import Figure
 
-__all__ = ["WhichFlip", "tracing", "which_flip"]
+__all__ = ["WhichFlip", "margin_of", "one_example", "tracing", "which_flip"]
 
 MEMORY = 64 * 2**20  # bytes of stacked weights in one batch of nets
 MAX_FLIPS = 20_000
@@ -133,6 +133,14 @@ class WhichFlip(Result):
         )
 
 
+def one_example(x: Tensor) -> Tensor:
+    """Return one example in float64; raise an InputError for anything else."""
+    if not isinstance(x, Tensor) or x.dim() < 2 or len(x) != 1:
+        given = f"inputs of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise InputError(f"the input is {given}; expected one example of shape (1, ...), such as x[3:4]")
+    return x.double()
+
+
 def which_flip(history: History, net: nn.Module, x: Tensor, step_a: int, step_b: int) -> WhichFlip:
     """Return which flips between two steps changed the prediction for one example, by running the net with and without each.
 
@@ -158,10 +166,7 @@ def tracing(history: History, net: nn.Module, x: Tensor, step_a: int, step_b: in
 
     Args, Raises: as of `which_flip`; values are `WhichFlip`s, NaN where not computed yet.
     """
-    if not isinstance(x, Tensor) or x.dim() < 2 or len(x) != 1:
-        given = f"inputs of shape {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise InputError(f"which_flip got {given}; expected one example of shape (1, ...), such as x[3:4]")
-    x = x.double()
+    x = one_example(x)
     first, last = interval(history, step_a, step_b)
     hard = scrub(history, net, step_a).double()
     check(hard, x, None, labels=False)
@@ -181,8 +186,8 @@ def tracing(history: History, net: nn.Module, x: Tensor, step_a: int, step_b: in
         "step_b": step_b,
         "class_a": c,
         "class_b": int(z_b.argmax()),
-        "margin_a": _margin(z_a, c),
-        "margin_b": _margin(z_b, c),
+        "margin_a": margin_of(z_a, c),
+        "margin_b": margin_of(z_b, c),
         "steps": events.steps,
         "layers": tuple(history.tensors[t].name for t, _ in events.where),
         "indices": tuple(tuple(map(int, np.unravel_index(i, history.tensors[t].shape))) for t, i in events.where),
@@ -207,7 +212,7 @@ def tracing(history: History, net: nn.Module, x: Tensor, step_a: int, step_b: in
     for low in range(0, size, nets.chunk):
         z = nets.logits(events.prefixes(a, low, min(low + nets.chunk, size)))
         for k, row in enumerate(z, low):
-            margins[k], classes[k] = _margin(row, c), int(row.argmax())
+            margins[k], classes[k] = margin_of(row, c), int(row.argmax())
         yield Update((low + len(z)) / size / 3, f"{low + len(z)} of {size} flips done", result(None, (), 1.0))
     turned = np.flatnonzero(classes != c)
     first_change = int(turned[0]) if len(turned) else None
@@ -216,9 +221,9 @@ def tracing(history: History, net: nn.Module, x: Tensor, step_a: int, step_b: in
         z = nets.logits([events.applied(a, [k]) for k in some])
         back = nets.logits([events.taken_back(b, a, k) for k in some])
         for k, row, other in zip(some, z, back, strict=True):
-            alone[k] = _margin(row, c) - known["margin_a"]
+            alone[k] = margin_of(row, c) - known["margin_a"]
             returns = a[events.where[k]] == b[events.where[k]]
-            undone[k] = np.nan if returns else _margin(other, c) - known["margin_b"]
+            undone[k] = np.nan if returns else margin_of(other, c) - known["margin_b"]
         yield Update(
             1 / 3 + (low + len(z)) / size / 3, f"{low + len(z)} of {size} flips alone", result(first_change, (), 0.5)
         )
@@ -228,7 +233,8 @@ def tracing(history: History, net: nn.Module, x: Tensor, step_a: int, step_b: in
     yield Update(1.0, f"{size} flips", result(first_change, smallest, 0.0))
 
 
-def _margin(z: Tensor, c: int) -> float:
+def margin_of(z: Tensor, c: int) -> float:
+    """Return z_c - max_{i != c} z_i of logits (d,)."""
     others = torch.cat([z[:c], z[c + 1 :]])
     return float(z[c] - others.max()) if len(others) else float("nan")
 

@@ -1,7 +1,8 @@
 """Attribution maps as static figures: inputs, exact ablation, and maps with their labels.
 
-Purple counts against the class, orange for it; every map has its own scale, for their units differ. A score that is exactly zero is
-hatched: dots where it is zero by construction or the references agree, slashes where the map says nothing though the net changes.
+Orange counts for the class, purple with a minus against it; every map has its own scale, for their units differ. A score that is
+exactly zero is hatched: dots where it is zero by construction or the references agree, slashes where the map says nothing though
+the net changes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["attribution_figure", "twins_figure"]
 
+MARKED = 256  # cells of a map, up to which negative scores carry a minus
 SUBJECT = {"deployed": "deployed net", "exact": "deployed net", "surrogate": "SURROGATE"}
 
 
@@ -97,6 +99,9 @@ def _map(axes: Axes, scores: NDArray[np.float64], zeros: NDArray[np.uint8] | Non
     shown = plane(scores)
     top = float(np.abs(shown).max()) or 1.0
     axes.imshow(shown, cmap="PuOr_r", vmin=-top, vmax=top, interpolation="nearest", aspect=_aspect(scores))
+    if shown.size <= MARKED:
+        for r, c in np.argwhere(shown < -0.2 * top):
+            axes.text(c, r, "-", ha="center", va="center", fontsize=8, color="w" if shown[r, c] < -0.5 * top else "k")
     if zeros is None:
         return
     codes = zeros if zeros.ndim < 3 else zeros.max(0)

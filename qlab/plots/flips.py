@@ -11,10 +11,11 @@ from qlab.plots.figure import Figure
 from qlab.plots.training import COLOURS
 
 if TYPE_CHECKING:
+    from qlab.diagnose.course import Course
     from qlab.diagnose.flips import Flips
     from qlab.diagnose.which_flip import WhichFlip
 
-__all__ = ["flips_figure", "which_flip_figure"]
+__all__ = ["course_figure", "flips_figure", "which_flip_figure"]
 
 BINS = 60  # of the flip rate over time
 DASHES = ("-", "--", ":", "-.")
@@ -75,6 +76,27 @@ def which_flip_figure(result: WhichFlip) -> Figure:
         xlabel="flips done",
         ylabel=f"margin of class {result.class_a}",
     )
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.set_label(result.summary())
+    return figure
+
+
+def course_figure(result: Course) -> Figure:
+    """Draw the margin of the class that is predicted last over the steps, and the class that is predicted.
+
+    Args:
+        result: as from `qlab.diagnose.course.course`.
+    """
+    figure = Figure(figsize=(9, 2.8), dpi=80, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(result.steps, result.margins, color=COLOURS[0], lw=1.3)
+    axes.axhline(0, color="0.5", lw=0.8)
+    begins = [0, *(np.flatnonzero(np.diff(result.classes)) + 1).tolist()]
+    if len(begins) <= 20:
+        for i in begins:
+            axes.annotate(str(result.classes[i]), (result.steps[i], result.margins[i]), fontsize=9, color=COLOURS[1])
+    last = int(result.classes[-1])
+    axes.set(title="Predicted class (numbers) over the training", xlabel="step", ylabel=f"margin of class {last}")
     axes.spines[["top", "right"]].set_visible(False)
     figure.set_label(result.summary())
     return figure

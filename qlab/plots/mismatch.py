@@ -98,12 +98,12 @@ def circulation_figure(result: Circulation) -> Figure:
         for k, (label, values) in enumerate((("circulation", loops.circulation), ("residual", loops.residual))):
             values = values[np.isfinite(values)]
             at = np.full(len(values), i + 0.16 * (2 * k - 1))
-            kw = {"label": label} if i == 0 else {}
-            axes.plot(np.maximum(values, floor), at, _MARKS[k], color=COLOURS[k], ms=5, alpha=0.7, **kw)
+            said = label if i == 0 else None
+            axes.plot(np.maximum(values, floor), at, _MARKS[k], color=COLOURS[k], ms=5, alpha=0.7, label=said)
         error = loops.error[np.isfinite(loops.error)]
         if len(error):
-            kw = {"label": "quadrature error"} if i == 0 else {}
-            axes.plot([max(float(error.mean()), floor)], [i - 0.16], "|", color="0.3", ms=10, **kw)
+            said = "quadrature error" if i == 0 else None
+            axes.plot([max(float(error.mean()), floor)], [i - 0.16], "|", color="0.3", ms=10, label=said)
     axes.set_yticks(range(len(spaces)), [loops.space for loops in spaces])
     axes.set_ylim(len(spaces) - 0.5, -0.5)
     axes.set_xscale("log")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable
@@ -387,6 +388,10 @@ def test_nothing_is_left_behind_where_captum_fails(monkeypatch: pytest.MonkeyPat
     assert table == SUPPORTED_NON_LINEAR
     assert torch.equal(state, torch.random.get_rng_state())
     assert [len(m._forward_pre_hooks) for m in net.modules()] == hooks
+
+
+def test_the_generator_takes_what_the_function_takes() -> None:
+    assert inspect.signature(attribute).parameters == inspect.signature(attributing).parameters
 
 
 def test_updates_bring_one_map_more_each() -> None:

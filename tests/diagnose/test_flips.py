@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from qlab.diagnose.course import course
 from qlab.diagnose.flips import flips, scrub
 from qlab.diagnose.history import History, Recorder, Tracked
 from qlab.diagnose.which_flip import tracing, which_flip
@@ -220,6 +221,23 @@ def test_the_smallest_set_suffices_and_nothing_of_it_can_be_left_out(seed: int) 
     assert "is the first after which the prediction differs" in found.summary()
     assert found.frame()["smallest_set"].sum() == len(found.smallest)
     assert found.figure().get_label() == found.summary()
+
+
+def test_the_course_is_that_of_the_nets_of_the_steps() -> None:
+    history, truth, x, a, b = turning()
+    model = net()
+    found = course(history, model, x, points=len(truth))
+    last = int(found.classes[-1])
+    for step, weights in enumerate(truth):
+        expected = margin(model, x, weights, last)
+        assert (found.margins[step], found.classes[step]) == (pytest.approx(expected[0]), expected[1])
+    assert any(a <= first and second <= b for first, second in found.turns)
+    for first, second in found.turns:
+        assert which_flip(history, model, x, first, second).first is not None
+    assert f"changed {len(found.turns)} times" in found.summary()
+    assert found.figure().get_label() == found.summary()
+    assert course(history, model, x, points=7).steps[[0, -1]].tolist() == [0, 29]
+    assert len(found.frame()) == len(truth)
 
 
 def test_an_interval_without_flips_changes_nothing() -> None:

@@ -49,6 +49,38 @@ class OutOfRange(nn.Module):
         return self.net(self.sign(10 * x))
 
 
+class Detached(nn.Module):
+    """A net whose input is rounded outside of autograd's sight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net((4 * x.detach()).round() / 4)
+
+
+class Broken(torch.autograd.Function):
+    """A step whose backward rule divides by zero."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> Tensor:
+        return g / 0
+
+
+class WithBroken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(Broken.apply(x))
+
+
 class Custom(torch.autograd.Function):
     """A step with a rule of its own."""
 
@@ -93,12 +125,13 @@ def test_saturated_softmax_is_no_information_and_the_logit_is_named_as_the_way_o
         assert m.silent.all()
         assert m.verdict.word == "no information"
         assert "explain the logit" in m.verdict.reason
+        assert m.explains == "exact"  # saturation is no surrogate
         assert not (m.zeros == guard.AGREED).any()  # no zero is passed off as unimportance
     logit = attribute(net, x, y, ("saliency",))["saliency"]
     assert not logit.silent.any()
 
 
-@pytest.mark.parametrize("make", [Rounded, OutOfRange])
+@pytest.mark.parametrize("make", [Rounded, OutOfRange, Detached])
 @pytest.mark.parametrize("method", ["saliency", "input_x_gradient"])
 def test_a_flat_gradient_of_a_quantized_input_is_no_information(make: type[nn.Module], method: str) -> None:
     net, x = fresh(make), batch(16, 6) + batch(16, 6).sign()
@@ -112,6 +145,21 @@ def test_a_flat_gradient_of_a_quantized_input_is_no_information(make: type[nn.Mo
     assert "no information" in a.summary()
     hatches = [c.get_hatch() for panel in a.figure(1).axes for c in panel.collections if c.get_paths()]
     assert "/////" in hatches
+
+
+def test_a_map_of_nan_is_no_information() -> None:
+    a = attribute(fresh(WithBroken), batch(4, 6), 1, ("saliency", "feature_ablation"))
+    assert a["saliency"].silent.all()
+    assert a["saliency"].verdict == ("no information", "the map holds NaN or infinite values (4 of 4 examples)")
+    assert a["feature_ablation"].verdict.word == "holds"
+    assert a.summary()
+
+
+def test_a_net_without_any_gradient_is_incomplete_for_deeplift_too() -> None:
+    m = attribute(fresh(Detached), batch(8, 6), 1, ("deeplift",))["deeplift"]
+    assert (m.scores == 0).all()
+    assert m.explains == "surrogate"
+    assert m.verdict.word == "no information"
 
 
 def test_zeros_of_a_feature_that_the_net_does_not_read_are_agreed_on() -> None:
