@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qlab import binary, data, experiments, jobs, methods, models, plots, quantizers
+    from qlab import binary, data, diagnose, experiments, jobs, methods, models, plots, quantizers
     from qlab.methods import load
     from qlab.methods.catalog import CATALOG
     from qlab.models import build
@@ -30,6 +30,7 @@ __all__ = [
     "binary",
     "build",
     "data",
+    "diagnose",
     "experiments",
     "fit",
     "harden",
@@ -42,7 +43,7 @@ __all__ = [
     "quantizers",
 ]
 
-_ROOMS = frozenset({"binary", "data", "experiments", "jobs", "methods", "models", "plots", "quantizers"})
+_ROOMS = frozenset({"binary", "data", "diagnose", "experiments", "jobs", "methods", "models", "plots", "quantizers"})
 _HOME = {
     "CATALOG": "qlab.methods.catalog",
     "Run": "qlab.runs",

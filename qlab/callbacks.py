@@ -197,7 +197,7 @@ class MismatchProbe(pl.Callback):
         InputError: for a number that is not positive.
     """
 
-    def __init__(self, every: int = 200, weights: int = 48, examples: int = 32, seed: int = 0) -> None:
+    def __init__(self, every: int = 200, weights: int = 48, examples: int = 16, seed: int = 0) -> None:
         for name, value in (("every", every), ("weights", weights), ("examples", examples)):
             _positive(name, value)
         self.every, self.weights, self.examples, self.seed = every, weights, examples, seed

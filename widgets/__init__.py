@@ -6,7 +6,11 @@ widget is on screen before those are loaded.
 
 from __future__ import annotations
 
+from qlab.widgets.attribution import AttributionGuard
 from qlab.widgets.bitlab import BitLab
+from qlab.widgets.mismatch import GradientMismatch
 from qlab.widgets.studio import Studio
+from qlab.widgets.time_travel import TimeTravel
+from qlab.widgets.vanishing import VanishingMicroscope
 
-__all__ = ["BitLab", "Studio"]
+__all__ = ["AttributionGuard", "BitLab", "GradientMismatch", "Studio", "TimeTravel", "VanishingMicroscope"]

@@ -97,10 +97,10 @@ def prediction(course: Course) -> dict[str, Any]:
 
 
 def answer(found: WhichFlip) -> dict[str, Any]:
-    """Return the margin flip by flip, and the flips that matter most: a smallest set, then the largest changes."""
+    """Return the margin flip by flip, and the flips that matter most: a minimal set, then the largest changes."""
     first = [] if found.first is None else [found.first]
     largest = np.argsort(-np.abs(np.nan_to_num(found.changes)), kind="stable").tolist()
-    shown = sorted(dict.fromkeys([*found.smallest[:_ROWS], *first, *largest]), key=lambda k: k not in found.smallest)
+    shown = sorted(dict.fromkeys([*found.minimal[:_ROWS], *first, *largest]), key=lambda k: k not in found.minimal)
     rows = [
         {
             "number": k + 1,
@@ -112,7 +112,7 @@ def answer(found: WhichFlip) -> dict[str, Any]:
             "change": _number(found.changes[k]),
             "alone": _number(found.alone[k]),
             "undone": _number(found.undone[k]),
-            "smallest": k in found.smallest,
+            "minimal": k in found.minimal,
             "first": k == found.first,
         }
         for k in shown[:_ROWS]
@@ -125,7 +125,7 @@ def answer(found: WhichFlip) -> dict[str, Any]:
         "at": at.astype("<f4").tobytes(),
         "margins": margins.astype("<f4").tobytes(),
         "first": None if found.first is None else found.first + 1,
-        "smallest": len(found.smallest),
+        "minimal": len(found.minimal),
         "class_a": found.class_a,
         "class_b": found.class_b,
         "done": found.todo == 0,

@@ -8,8 +8,8 @@
     view.train()                         # two moons with this surrogate, live; view.stop() ends it
     view.quantizer()                     # take it home: a quantizer for qlab.quantize, and view.code as Python text
 
-No mathematics stands here: everything shown comes from `qlab.diagnose` and `qlab.quantizers.drawn`. The truth, exact flips, belongs to
-the deployed net, which no surrogate changes: it is had once, and each new drawing costs one back-propagation and a few loops.
+No mathematics stands here: everything shown comes from `qlab.diagnose` and `qlab.quantizers.drawn`. The truth, exact flips, belongs
+to the deployed net, which no surrogate changes: it is had once, and each new drawing costs one back-propagation and a few loops.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _STATIC = pathlib.Path(__file__).parent / "static"
 _READY = "Ready. Guess first; then draw."
 _WARM_UP = 60  # steps of the default net: trained enough to have something to be wrong about
 _STEPS = 300
-_LOOPS = {"loops": 4, "points": 32}
+_LOOPS, _POINTS = 4, 32
 _LIMIT = 20.0  # magnitude of a value, at most
 _FIELDS = ("knots", "values", "layer")
 
@@ -108,6 +108,7 @@ class GradientMismatch(anywidget.AnyWidget):
             redrawn(net, drawn)  # raises where there is nothing to draw
         self._known: Mismatch | None = None
         self._layer = ""
+        self._serial = 0  # of the newest drawing that a browser has sent
         self.mismatch: Mismatch | None = None
         self.circulation: Circulation | None = None
         self.run: MoonsRun | None = None
@@ -249,6 +250,9 @@ class GradientMismatch(anywidget.AnyWidget):
                 if self.mismatch is None:
                     self.look()
             elif kind == "draw":
+                serial = content.get("serial", 0)
+                if isinstance(serial, int) and 0 <= serial < 2**53:
+                    self._serial = max(self._serial, serial)
                 self.draw(content.get("values"))
             elif kind == "choose":
                 self.choose(content.get("layer"))
@@ -278,23 +282,26 @@ class GradientMismatch(anywidget.AnyWidget):
         net = redrawn(self._net, drawn)
         options: dict[str, Any] = {"loss": "cross_entropy", "beta": self._beta}
         if self._known is None:
+            known: Mismatch | None = None
             for update in mismatching(net, self._x, self._y, references=["coordinate", "flip"], **options):
-                partial = update.value if update.value is not None and update.value.rows else None
-                yield Update(update.fraction / 2, "Comparing with the truth ...", partial and (partial, None))
-                known = update.value or known  # type: ignore[has-type]
+                known = update.value
+                assert known is not None
+                yield Update(update.fraction / 2, "Comparing with the truth ...", (known, None) if known.rows else None)
+            assert known is not None
             self._known = known
         found = believing(self._known, net, self._x, self._y, **options)
         yield Update(0.6, "Walking in loops ...", (found, None))
-        loops = circulation(net, self._x, self._y, **_LOOPS, **options)
+        loops = circulation(net, self._x, self._y, loops=_LOOPS, points=_POINTS, **options)
         yield Update(1.0, "", (found, loops))
 
     def _default_net(self) -> Generator[Update, None, None]:
         from qlab.diagnose.moons import moons_data, moons_training
 
-        run = None
+        run: MoonsRun | None = None
         for update in moons_training("clipped", _WARM_UP):
             yield Update(update.fraction / 4, "Training a small net on two moons ...")
             run = update.value
+        assert run is not None
         x, y, *_ = moons_data()
         with self._lock:
             self._x, self._y, self._net = x[:256], y[:256], run.net
@@ -310,9 +317,8 @@ class GradientMismatch(anywidget.AnyWidget):
                 self.mismatch, loops = job.value
                 self.layers = payload.layers(self.mismatch)
                 names = [row["layer"] for row in self.layers]
-                if self._layer not in names:
-                    self._layer = names[0]
-                self.settings = {"layer": self._layer}
+                shown = self._layer if self._layer in names else names[0]  # the layer chosen may come later
+                self.settings = {"layer": shown}
                 if loops is not None:
                     self.circulation = loops
                     self.honesty = payload.honesty(loops)
@@ -345,7 +351,13 @@ class GradientMismatch(anywidget.AnyWidget):
         from qlab.quantizers.drawn import area, code
 
         t, v = self._drawing
-        self.drawing = {"knots": list(t), "values": list(v), "area": area(t, v), "at": time.time()}
+        self.drawing = {
+            "knots": list(t),
+            "values": list(v),
+            "area": area(t, v),
+            "serial": self._serial,
+            "at": time.time(),
+        }
         self.curves = payload.curves(self._drawn(), t)
         self.code = code(t, v)
         if "error" in self.status:

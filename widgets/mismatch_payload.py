@@ -70,7 +70,7 @@ def layers(result: Mismatch) -> list[dict[str, Any]]:
 
 def honesty(found: Circulation) -> dict[str, Any]:
     """Return mean circulation, its quadrature error and the mean residual."""
-    spaces = [
+    spaces: list[dict[str, Any]] = [
         {"space": s.space, "circulation": _mean(s.circulation), "error": _mean(s.error), "residual": _mean(s.residual)}
         for s in found.spaces
     ]

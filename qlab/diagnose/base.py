@@ -6,6 +6,7 @@ a tidy DataFrame), `.figure()` (a static picture) and `.summary()` (one paragrap
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
@@ -51,11 +52,11 @@ def plain(net: nn.Module) -> nn.Module:
     Raises:
         InputError: for something that is no module.
     """
-    from qlab.methods.base import Method
-
     if not isinstance(net, nn.Module):
         raise InputError(f"net is a {type(net).__name__}; expected a torch module, or a method of the lab")
-    return net.net if isinstance(net, Method) else net
+    # A method exists only where its module was imported; a foreign net needs not wait for Lightning.
+    methods = sys.modules.get("qlab.methods.base")
+    return net.net if methods is not None and isinstance(net, methods.Method) else net
 
 
 def check(net: nn.Module, x: Tensor, y: Tensor | None, labels: bool = True) -> tuple[nn.Module, Tensor]:

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from qlab.diagnose.base import _check_inputs, _check_labels, plain
 from qlab.diagnose.foreign import Flat, scan, visible
 from qlab.errors import InputError
-from qlab.methods.base import Method
 from qlab.quantizers import Quantizer, quantized_tensors, reestimate_batch_norm
 
 __all__ = ["Exam", "Finding", "LayerRecord", "Severity"]
@@ -111,7 +110,7 @@ class Exam:
         twin.requires_grad_(True)
         noisy = nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd
         in_training = [name for name, m in given.named_modules() if m.training and isinstance(m, noisy) and _matters(m)]
-        if isinstance(net, Method):
+        if given is not net:
             in_training = []  # the Trainer switches a method's mode; what is shipped is method.deployed()
         logits, layers = _forward(twin, x)
         _check_labels(y, len(x), logits.shape[1])

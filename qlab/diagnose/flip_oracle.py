@@ -131,7 +131,7 @@ def binary_layers(net: nn.Module, x: Tensor) -> list[str]:
     """
     net, _ = check(net, x, None, labels=False)
     hard = hard_net(net)
-    return [layer for layer, name in weight_names(hard).items() if _not_bits(hard, x, name) is None]
+    return [layer for layer, name in weight_names(hard).items() if not_bits(hard, x, name) is None]
 
 
 def flip_oracle(
@@ -183,7 +183,7 @@ def flipping(
         raise UnknownNameError("layer", layer, names)
     hard = hard_net(net)
     name = weight_names(hard)[layer]
-    why = _not_bits(hard, x, name)
+    why = not_bits(hard, x, name)
     if why is not None:
         raise InputError(f"the weights of {layer!r} are no bits: {why}. Layers of bits: {_listed(net, x)}")
     J = Objective(hard, x, y, loss=loss, beta=beta)
@@ -265,7 +265,7 @@ def _listed(net: nn.Module, x: Tensor) -> str:
 
 
 @torch.no_grad()
-def _not_bits(hard: nn.Module, x: Tensor, name: str) -> str | None:
+def not_bits(hard: nn.Module, x: Tensor, name: str) -> str | None:
     """Return why a weight is no tensor of bits, None where it is one."""
     w = hard.get_parameter(name).detach()
     if _two_values_a_row(w):

@@ -101,8 +101,9 @@ class Flips(Result):
         )
         if len(self.swings):
             top = self.swings.iloc[0]
-            text += f" The weight that flipped most is {top['layer']}[{top['index']}]: {top['flips']} times" + (
-                f", about every {top['period'] / 2:.0f} steps." if np.isfinite(top["period"]) else "."
+            text += (
+                f" The weight that flipped most is {top['layer']}[{', '.join(map(str, top['index']))}]: {top['flips']} times"
+                + (f", about every {top['period'] / 2:.0f} steps." if np.isfinite(top["period"]) else ".")
             )
         return text
 

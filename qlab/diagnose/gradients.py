@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from qlab.diagnose.agreement import agreement, weight_names
 from qlab.diagnose.base import Result, check
-from qlab.diagnose.flip_oracle import _not_bits, flip_oracle, hard_net
+from qlab.diagnose.flip_oracle import flip_oracle, hard_net, not_bits
 from qlab.diagnose.functions import variant
 from qlab.diagnose.input_gradients import input_pairs
 from qlab.diagnose.objective import Loss, Objective
@@ -247,7 +247,7 @@ def mismatching(
         index = subset(w.numel(), coordinates, seed).to(w.device)
         believed = g[name].flatten()[index]
         where[layer] = index.cpu().numpy()
-        binary = "flip" in references and _not_bits(hard, x, weight_names(hard)[layer]) is None
+        binary = "flip" in references and not_bits(hard, x, weight_names(hard)[layer]) is None
         for reference in references:
             done += 1
             low = high = width = math.nan

@@ -90,15 +90,17 @@ class Tracked:
         words.view(np.uint8)[: len(packed)] = packed
         return words.astype(np.uint64, copy=False)
 
-    def codes(self, rows: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Return the codes (T, size) of this tensor's words (T, W)."""
+    def codes(self, rows: NDArray[np.uint64]) -> NDArray[Any]:
+        """Return the codes (T, size) of this tensor's words (T, W), as small unsigned integers."""
         bits = np.ascontiguousarray(rows, dtype="<u8").view(np.uint8).reshape(len(rows), self.planes, -1)
-        planes = np.unpackbits(bits, axis=-1, count=self.size, bitorder="little").astype(np.int64)
-        return (planes << np.arange(self.planes)[:, None]).sum(1)
+        planes = np.unpackbits(bits, axis=-1, count=self.size, bitorder="little")
+        if self.planes == 1:
+            return planes[:, 0]
+        return (planes.astype(np.uint32) << np.arange(self.planes, dtype=np.uint32)[:, None]).sum(1, dtype=np.uint32)
 
-    def values(self, codes: NDArray[np.int64]) -> NDArray[np.float64]:
+    def values(self, codes: NDArray[Any]) -> NDArray[np.float64]:
         """Return the levels that codes stand for."""
-        return np.array(self.levels)[len(self.levels) - 1 - codes]
+        return np.array(self.levels)[::-1][codes]
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +173,7 @@ class History:
             start += t.words
         return self.words[:, : self.tensor(name).words]  # raises
 
-    def codes(self, name: str, first: int = 0, last: int | None = None) -> NDArray[np.int64]:
+    def codes(self, name: str, first: int = 0, last: int | None = None) -> NDArray[Any]:
         """Return the codes (records, size) of one tensor, of the rows first to last (exclusive)."""
         return self.tensor(name).codes(self.rows(name)[first:last])
 

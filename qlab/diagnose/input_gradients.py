@@ -23,7 +23,7 @@ from torch import Tensor
 from qlab.diagnose.agreement import agreement, cosine
 from qlab.diagnose.functions import variant
 from qlab.diagnose.objective import Objective
-from qlab.diagnose.smoothing import _SIDES, reliability, rms, subset
+from qlab.diagnose.smoothing import SIDES, reliability, rms, subset
 from qlab.errors import InputError
 
 __all__ = ["input_pairs"]
@@ -69,7 +69,7 @@ def input_pairs(
     each = np.array([cosine(a, b) for a, b in zip(g, truth, strict=True)])
     each = each[np.isfinite(each)]
     c = float(each.mean()) if len(each) else math.nan
-    error = _SIDES * float(each.std(ddof=1)) / math.sqrt(len(each)) if len(each) > 1 else math.nan
+    error = SIDES * float(each.std(ddof=1)) / math.sqrt(len(each)) if len(each) > 1 else math.nan
     a = agreement(g, truth)
     row = {
         "cosine": c,

@@ -5,6 +5,7 @@ r"""What reaches which layer: activations forward, gradients backward, and where
                     gradient of no function; from the last quantized activation on it is exact
     gain_l          ||g_l|| / ||g_{l+1}||
     saturation_l    share of pre-activations with |u| > 1 before a sign or hardtanh, where the clipped rule passes nothing
+    degenerate_l    share of units with |mean| > standard deviation of u over the examples: they say nearly always the same
     dead_l          share of units whose output is the same for every example
 
 The softmax kills a gradient too. With the gap Delta = z_y - max_{j != y} z_j of the scaled logits, cross-entropy sends back
@@ -28,7 +29,8 @@ what is dead in the net itself.
 
 Shapes: (L, N) for L layers ("input" first) and N examples.
 
-Source: Gupta, Ajanthan, arXiv 2003.13511 (temperature, regimes); the thresholds are derived from IEEE 754.
+Source: Gupta, Ajanthan, arXiv 2003.13511 (temperature, regimes); Ding et al. 2019, arXiv 1904.02823 (saturation, degeneration);
+the thresholds are derived from IEEE 754.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ if TYPE_CHECKING:
 
     from qlab.plots.figure import Figure
 
-__all__ = ["Recorded", "Signal", "Thresholds", "Wake", "record", "signal", "thresholds", "wake"]
+__all__ = ["Recorded", "Signal", "Thresholds", "Wake", "record", "signal", "smooth_activations", "thresholds", "wake"]
 
 Floats = NDArray[np.float64]
 INPUT = "input"
@@ -164,6 +166,7 @@ class Signal(Result):
             the deployed ones; None where all is exact, or nothing can be smoothed.
         zeros: (L, N) share of entries of g_l that are exactly 0.
         saturation: (L,) share of |pre-activation| > 1; NaN where it means nothing.
+        degenerate: (L,) share of units with |mean| > std of their pre-activation; NaN where it means nothing.
         dead: (L,) share of units with the same output for every example; NaN for the input.
         gap: (N,) Delta of the logits, times beta.
         certain: (N,) whether p_y == 1 in the dtype.
@@ -182,6 +185,7 @@ class Signal(Result):
     smoothed: Floats | None
     zeros: Floats
     saturation: Floats
+    degenerate: Floats
     dead: Floats
     gap: Floats
     certain: NDArray[np.bool_]
@@ -233,6 +237,7 @@ class Signal(Result):
                 "smoothed": np.nan if self.smoothed is None else np.median(self.smoothed, 1),
                 "gain": self.gain,
                 "saturation": self.saturation,
+                "degenerate": self.degenerate,
                 "dead": self.dead,
                 "zero entries": self.zeros.mean(1),
                 "zero examples": (self.zeros == 1).mean(1),
@@ -364,7 +369,7 @@ def signal(
     norms, zeros = _norms(grads)
     smoothed = None
     if any(quantized):
-        smooth = _smoothed(net, k)
+        smooth = smooth_activations(net, k)
         if smooth is not None:
             other = record(smooth, x)
             by_name = dict(
@@ -382,6 +387,7 @@ def signal(
         smoothed=smoothed,
         zeros=zeros[:, 0],
         saturation=np.array([_saturation(m, u) for m, u in zip(run.modules, run.inputs, strict=True)]),
+        degenerate=np.array([_degenerate(m, u) for m, u in zip(run.modules, run.inputs, strict=True)]),
         dead=np.array([math.nan, *(_dead(h) for h in run.outputs[1:])]),
         gap=-beta * margin(z.double(), y).cpu().numpy(),
         certain=(p == 1).cpu().numpy(),
@@ -468,7 +474,7 @@ def _ready(
     return net, x, LOSSES[loss] if isinstance(loss, str) else loss
 
 
-def _smoothed(net: nn.Module, k: float) -> nn.Module | None:
+def smooth_activations(net: nn.Module, k: float) -> nn.Module | None:
     """Return the net with its activations as tanh steps; no gradient is taken over the weights, so they stay as deployed."""
     try:
         smooth, deployed = variant(net, "smoothed", k), variant(net, "deployed")
@@ -509,18 +515,32 @@ def _norm(h: Tensor) -> Floats:
     return h.detach().double().flatten(1).norm(dim=1).cpu().numpy()
 
 
+def _binarizes(module: nn.Module) -> bool:
+    return isinstance(module, Sign | nn.Hardtanh) or (isinstance(module, Quantizer) and module.bits == 1)
+
+
 def _saturation(module: nn.Module, u: Tensor) -> float:
-    if isinstance(module, Sign | nn.Hardtanh) or (isinstance(module, Quantizer) and module.bits == 1):
-        return float((u.detach().abs() > 1).double().mean())
-    return math.nan
+    return float((u.detach().abs() > 1).double().mean()) if _binarizes(module) else math.nan
+
+
+def _degenerate(module: nn.Module, u: Tensor) -> float:
+    if not _binarizes(module) or len(u) < 2:
+        return math.nan
+    units = _units(u).double()
+    return float((units.mean(1).abs() > units.std(1, correction=0)).double().mean())
 
 
 def _dead(h: Tensor) -> float:
-    """Return the share of units, or channels, that give the same for every example and place."""
     if len(h) < 2:
         return math.nan
-    units = h.detach().flatten(2).transpose(0, 1).flatten(1) if h.dim() > 2 else h.detach().T
+    units = _units(h)
     return float((units.amax(1) == units.amin(1)).double().mean())
+
+
+def _units(h: Tensor) -> Tensor:
+    """Return what every unit, or channel of a picture, gives for every example and place: (units, ...)."""
+    h = h.detach()
+    return h.flatten(2).transpose(0, 1).flatten(1) if h.dim() > 2 else h.T
 
 
 def _median(row: Floats) -> float:

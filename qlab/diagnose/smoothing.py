@@ -34,7 +34,7 @@ from qlab.errors import InputError, UnknownNameError
 __all__ = ["Cosine", "Smoothed", "perturbed_losses", "rms", "smoothed_gradient", "subset"]
 
 _STACK = 2**23  # numbers in a stack of whole weights, at most
-_SIDES = 1.959963984540054  # normal quantile of 97.5 %
+SIDES = 1.959963984540054  # normal quantile of 97.5 %
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Smoothed:
     @property
     def interval(self) -> tuple[Tensor, Tensor]:
         """Return the ends of the 95 % intervals, (F,) each."""
-        g, error = self.gradient, _SIDES * self.error
+        g, error = self.gradient, SIDES * self.error
         return g - error, g + error
 
     @property
@@ -114,7 +114,7 @@ def compared(samples: Tensor, g: Tensor) -> Cosine:
     c = along / left
     error = float(((K - 1) / K * (c - c.mean()).square().sum()).sqrt())
     corrected = raw / math.sqrt(R) if R > 0 else math.nan
-    return Cosine(raw, raw - _SIDES * error, raw + _SIDES * error, corrected, R)
+    return Cosine(raw, raw - SIDES * error, raw + SIDES * error, corrected, R)
 
 
 def smoothed_gradient(

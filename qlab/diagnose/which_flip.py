@@ -7,7 +7,7 @@ flips between steps a and b in the order of time:
     alone_k  = m(w_a with this weight alone as after e_k) - m(w_a)
     undone_k = m(w_b with this weight as at step a) - m(w_b)
 
-the first k at which the prediction differs, and a smallest set: flips until then which, done alone on the weights of step a,
+the first k at which the prediction differs, and a minimal set: flips until then which, done alone on the weights of step a,
 change the prediction too, and of which none can be left out.
 
 All of it is of the deployed function: hard weights, in float64. Float layers, biases and batch norm are not recorded; they are
@@ -18,7 +18,7 @@ Shapes: E flips.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qlab.diagnose.base import Result, check
-from qlab.diagnose.flips import interval, places, scrub
+from qlab.diagnose.flips import flips, interval, places, scrub
 from qlab.diagnose.history import History
 from qlab.errors import InputError
 from qlab.jobs import Update
@@ -61,7 +61,7 @@ class WhichFlip(Result):
         alone: (E,) change by this weight's flip alone, on the weights of step a.
         undone: (E,) change by taking this weight back, on the weights of step b; NaN where it ends as it began.
         first: number of the first flip after which the prediction differs; None where it never does.
-        smallest: numbers of the flips of a smallest set that suffices; empty where the prediction never changes.
+        minimal: numbers of the flips of a minimal set that suffices; empty where the prediction never changes.
         todo: share of the flips not followed yet.
     """
 
@@ -80,14 +80,14 @@ class WhichFlip(Result):
     alone: NDArray[np.float64]
     undone: NDArray[np.float64]
     first: int | None
-    smallest: tuple[int, ...]
+    minimal: tuple[int, ...]
     todo: float = 0.0
 
     def frame(self) -> pd.DataFrame:
         """Return one row per flip in the order of time."""
         import pandas as pd
 
-        chosen = set(self.smallest)
+        chosen = set(self.minimal)
         return pd.DataFrame(
             {
                 "step": self.steps,
@@ -99,7 +99,7 @@ class WhichFlip(Result):
                 "change": self.changes,
                 "alone": self.alone,
                 "undone": self.undone,
-                "smallest_set": [k in chosen for k in range(len(self.steps))],
+                "minimal_set": [k in chosen for k in range(len(self.steps))],
             }
         )
 
@@ -124,11 +124,11 @@ class WhichFlip(Result):
             if self.class_b != self.class_a
             else "but it returns before the end"
         )
-        names = ", ".join(f"{self.layers[i]}[{', '.join(map(str, self.indices[i]))}]" for i in self.smallest[:5])
-        more = ", ..." if len(self.smallest) > 5 else ""
+        names = ", ".join(f"{self.layers[i]}[{', '.join(map(str, self.indices[i]))}]" for i in self.minimal[:5])
+        more = ", ..." if len(self.minimal) > 5 else ""
         return (
             f"{head}. The flip of {which} at step {self.steps[k]} (number {k + 1}) is the first after which the prediction "
-            f"differs; {after}. {len(self.smallest)} flip{'s' if len(self.smallest) != 1 else ''} of those until then "
+            f"differs; {after}. {len(self.minimal)} flip{'s' if len(self.minimal) != 1 else ''} of those until then "
             f"suffice: {names}{more}."
         )
 
@@ -162,7 +162,7 @@ def which_flip(history: History, net: nn.Module, x: Tensor, step_a: int, step_b:
 
 
 def tracing(history: History, net: nn.Module, x: Tensor, step_a: int, step_b: int) -> Iterator[Update]:
-    """Do `which_flip` as a piece of work: the margin flip by flip first, then each flip alone, then a smallest set.
+    """Do `which_flip` as a piece of work: the margin flip by flip first, then each flip alone, then a minimal set.
 
     Args, Raises: as of `which_flip`; values are `WhichFlip`s, NaN where not computed yet.
     """
@@ -170,15 +170,17 @@ def tracing(history: History, net: nn.Module, x: Tensor, step_a: int, step_b: in
     first, last = interval(history, step_a, step_b)
     hard = scrub(history, net, step_a).double()
     check(hard, x, None, labels=False)
-    nets = _Nets(hard, x, history, places(history, hard))
-    events = _Events(history, first, last)
-    size = len(events.steps)
-    if size > MAX_FLIPS:
+    many = flips(history, step_a, step_b, top=0).total
+    if many > MAX_FLIPS:
         raise InputError(
-            f"there are {size:,} flips between steps {step_a} and {step_b}; choose an interval with at most {MAX_FLIPS:,}"
+            f"there are {many:,} flips between steps {step_a} and {step_b}; choose an interval with at most {MAX_FLIPS:,}"
         )
+    events = _Events(history, first, last)
+    names = places(history, hard)
+    nets = _Nets(hard, x, [names[t.name] for t in history.tensors], events)
+    size = len(events.steps)
     a, b = events.state(first), events.state(last)
-    z_a, z_b = nets.logits([a])[0], nets.logits([b])[0]
+    z_a, z_b = nets.logits(np.stack([a, b]))
     c = int(z_a.argmax())
     nan = np.full(size, np.nan)
     known: dict[str, Any] = {
@@ -196,7 +198,7 @@ def tracing(history: History, net: nn.Module, x: Tensor, step_a: int, step_b: in
     margins, alone, undone = nan.copy(), nan.copy(), nan.copy()
     classes = np.full(size, c)
 
-    def result(first_change: int | None, smallest: tuple[int, ...], todo: float) -> WhichFlip:
+    def result(first_change: int | None, minimal: tuple[int, ...], todo: float) -> WhichFlip:
         changes = np.diff(margins, prepend=known["margin_a"])
         return WhichFlip(
             **known,
@@ -205,7 +207,7 @@ def tracing(history: History, net: nn.Module, x: Tensor, step_a: int, step_b: in
             alone=alone.copy(),
             undone=undone.copy(),
             first=first_change,
-            smallest=smallest,
+            minimal=minimal,
             todo=todo,
         )
 
@@ -218,19 +220,19 @@ def tracing(history: History, net: nn.Module, x: Tensor, step_a: int, step_b: in
     first_change = int(turned[0]) if len(turned) else None
     for low in range(0, size, nets.chunk):
         some = range(low, min(low + nets.chunk, size))
-        z = nets.logits([events.applied(a, [k]) for k in some])
-        back = nets.logits([events.taken_back(b, a, k) for k in some])
+        z = nets.logits(events.each(a, some, events.values[some, 1]))
+        back = nets.logits(events.each(b, some, a[events.column[some]]))
         for k, row, other in zip(some, z, back, strict=True):
             alone[k] = margin_of(row, c) - known["margin_a"]
-            returns = a[events.where[k]] == b[events.where[k]]
+            returns = a[events.column[k]] == b[events.column[k]]
             undone[k] = np.nan if returns else margin_of(other, c) - known["margin_b"]
         yield Update(
             1 / 3 + (low + len(z)) / size / 3, f"{low + len(z)} of {size} flips alone", result(first_change, (), 0.5)
         )
-    smallest: tuple[int, ...] = ()
+    minimal: tuple[int, ...] = ()
     if first_change is not None:
-        smallest = yield from _smallest(nets, events, a, c, first_change, lambda: result(first_change, (), 0.2))
-    yield Update(1.0, f"{size} flips", result(first_change, smallest, 0.0))
+        minimal = yield from _minimal(nets, events, a, c, first_change, lambda: result(first_change, (), 0.2))
+    yield Update(1.0, f"{size} flips", result(first_change, minimal, 0.0))
 
 
 def margin_of(z: Tensor, c: int) -> float:
@@ -239,90 +241,89 @@ def margin_of(z: Tensor, c: int) -> float:
     return float(z[c] - others.max()) if len(others) else float("nan")
 
 
-Place = tuple[int, int]
-"""Which tensor, which weight of it."""
-
-State = dict[Place, float]
-"""The weights that flip in the interval, and the value of each; all others stay put."""
-
-
 class _Events:
-    """The flips between two rows of a history, in the order of time."""
+    """The flips between two rows of a history, in the order of time.
+
+    A state is the values (M,) of the M weights that move in the interval; all others stay put.
+
+    Attributes:
+        steps: (E,) of each flip.
+        where: (E,) tensor and flat index of each.
+        values: (E, 2) before and after.
+        column: (E,) place of its weight in a state.
+        tensor, index: (M,) tensor and flat index of each weight of a state.
+    """
 
     def __init__(self, history: History, first: int, last: int) -> None:
-        found: list[tuple[int, int, int, float, float]] = []
-        self._courses: dict[Place, NDArray[np.float64]] = {}
+        courses, tensors, indices = [], [], []
         for j, t in enumerate(history.tensors):
             codes = history.codes(t.name, first, last + 1)
             moving = np.flatnonzero((codes != codes[0]).any(0))
-            for i in moving:
-                course = t.values(codes[:, i])
-                self._courses[j, int(i)] = course
-                found += [
-                    (int(r) + 1, j, int(i), course[r], course[r + 1]) for r in np.flatnonzero(np.diff(codes[:, i]))
-                ]
-        found.sort(key=lambda event: event[:3])
+            courses.append(t.values(codes[:, moving]))
+            tensors.append(np.full(len(moving), j))
+            indices.append(moving)
+        self.tensor, self.index = np.concatenate(tensors), np.concatenate(indices)
+        self._courses = np.concatenate(courses, 1)
+        rows, self.column = np.nonzero(self._courses[1:] != self._courses[:-1])  # sorted by time, tensor, index
+        self.steps = history.steps[first + 1 + rows]
+        self.values = np.stack([self._courses[rows, self.column], self._courses[rows + 1, self.column]], 1)
+        self.where = [(int(self.tensor[m]), int(self.index[m])) for m in self.column]
         self.first = first
-        self.steps = np.array([history.steps[first + r] for r, *_ in found], np.int64)
-        self.where: list[Place] = [(j, i) for _, j, i, _, _ in found]
-        self.values = np.array([event[3:] for event in found], np.float64).reshape(-1, 2)
 
-    def state(self, row: int) -> State:
+    def state(self, row: int) -> NDArray[np.float64]:
         """Return the values at a row of the history."""
-        return {place: float(course[row - self.first]) for place, course in self._courses.items()}
+        values: NDArray[np.float64] = self._courses[row - self.first]
+        return values
 
-    def applied(self, state: State, numbers: list[int]) -> State:
-        """Return a state after some of the flips."""
-        return state | {self.where[k]: float(self.values[k, 1]) for k in numbers}
+    def applied(self, state: NDArray[np.float64], numbers: Sequence[int]) -> NDArray[np.float64]:
+        """Return a state after some of the flips, given in the order of time."""
+        now = state.copy()
+        for k in numbers:
+            now[self.column[k]] = self.values[k, 1]
+        return now
 
-    def prefixes(self, state: State, low: int, high: int) -> list[State]:
-        """Return the states after flips 0 ... k, for k from low to high (exclusive)."""
-        now = self.applied(state, list(range(low)))
-        states = []
+    def prefixes(self, state: NDArray[np.float64], low: int, high: int) -> NDArray[np.float64]:
+        """Return the states (high - low, M) after flips 0 ... k, for k from low to high (exclusive)."""
+        states = np.tile(self.applied(state, range(low)), (high - low, 1))
         for k in range(low, high):
-            now = now | {self.where[k]: float(self.values[k, 1])}
-            states.append(now)
+            states[k - low :, self.column[k]] = self.values[k, 1]
         return states
 
-    def taken_back(self, state: State, start: State, k: int) -> State:
-        """Return a state in which the weight of flip k is as at the start."""
-        return state | {self.where[k]: start[self.where[k]]}
+    def each(self, state: NDArray[np.float64], numbers: range, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return the states (K, M) in which the weight of one flip has another value, for K flips."""
+        states = np.tile(state, (len(numbers), 1))
+        states[np.arange(len(numbers)), self.column[numbers]] = values
+        return states
 
 
 class _Nets:
     """One example through nets that differ in a few weights, many at once."""
 
-    def __init__(self, net: nn.Module, x: Tensor, history: History, names: dict[str, str]) -> None:
-        self.net, self.x = net, x
+    def __init__(self, net: nn.Module, x: Tensor, names: Sequence[str], events: _Events) -> None:
+        self.net, self.x, self.names, self.events = net, x, names, events
         self.parameters = {name: p.detach() for name, p in net.named_parameters()}
-        self.names = [names[t.name] for t in history.tensors]
-        size = sum(self.parameters[name].numel() for name in self.names)
+        size = sum(self.parameters[name].numel() for name in names)
         self.chunk = max(1, MEMORY // (8 * max(size, x.numel())))
 
-    def logits(self, states: list[State]) -> Tensor:
-        """Return the logits (K, d) of the nets in K states."""
-        which = sorted({j for state in states for j, _ in state})
-        if not which or not states:
-            with torch.no_grad():
-                return self.net(self.x).expand(len(states), -1)
+    def logits(self, states: NDArray[np.float64]) -> Tensor:
+        """Return the logits (K, d) of the nets in K states (K, M)."""
         stack = {}
-        for j in which:
+        for j in np.unique(self.events.tensor):
+            mine = self.events.tensor == j
             w = self.parameters[self.names[j]]
             flat = w.reshape(1, -1).repeat(len(states), 1)
-            at = [(k, i, value) for k, state in enumerate(states) for (t, i), value in state.items() if t == j]
-            rows, columns, values = zip(*at, strict=True)
-            flat[list(rows), list(columns)] = torch.tensor(values, dtype=w.dtype)
+            flat[:, torch.from_numpy(self.events.index[mine])] = torch.from_numpy(states[:, mine]).to(w)
             stack[self.names[j]] = flat.reshape(-1, *w.shape)
 
         def one(some: dict[str, Tensor]) -> Tensor:
             return torch.func.functional_call(self.net, self.parameters | some, (self.x,))[0]
 
         with torch.no_grad():
-            return torch.func.vmap(one)(stack)
+            return torch.func.vmap(one)(stack) if stack else self.net(self.x).expand(len(states), -1)
 
 
-def _smallest(
-    nets: _Nets, events: _Events, a: State, c: int, last: int, so_far: Callable[[], WhichFlip]
+def _minimal(
+    nets: _Nets, events: _Events, a: NDArray[np.float64], c: int, last: int, so_far: Callable[[], WhichFlip]
 ) -> Generator[Update, None, tuple[int, ...]]:
     """Yield heartbeats; return flips of 0 ... last that change the prediction, none of which can be left out.
 
@@ -332,7 +333,7 @@ def _smallest(
     def changed(sets: list[list[int]]) -> list[bool]:
         verdicts: list[bool] = []
         for low in range(0, len(sets), nets.chunk):
-            z = nets.logits([events.applied(a, some) for some in sets[low : low + nets.chunk]])
+            z = nets.logits(np.stack([events.applied(a, some) for some in sets[low : low + nets.chunk]]))
             verdicts += [int(row.argmax()) != c for row in z]
         return verdicts
 

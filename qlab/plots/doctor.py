@@ -28,7 +28,7 @@ def doctor_figure(diagnosis: Diagnosis) -> Figure:
         diagnosis: as from `qlab.diagnose.doctor.doctor`.
     """
     shown = diagnosis.findings[:MAX_ROWS]
-    figure = Figure(figsize=(9, 1.0 + 0.36 * max(1, len(shown))), dpi=80, layout="constrained")
+    figure = Figure(figsize=(9, 0.6 + 0.36 * max(1, len(shown))), dpi=80, layout="constrained")
     axes = figure.subplots()
     for i, finding in enumerate(shown):
         length, colour, hatch = STYLE[finding.severity]
@@ -38,10 +38,11 @@ def doctor_figure(diagnosis: Diagnosis) -> Figure:
     axes.set_yticks(range(len(shown)), [f.severity for f in shown])
     axes.set_xlim(0, 11)
     axes.set_xticks([])
-    axes.invert_yaxis()
+    axes.set_ylim(max(1, len(shown)) - 0.4, -0.6)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
+    alarms = len(diagnosis.alarms)
     rest = len(diagnosis.findings) - len(shown)
     title = "no finding" if not shown else "likeliest cause first" + (f"; {rest} more" if rest else "")
-    axes.set_title(f"{len(diagnosis.alarms)} alarms: {title}", fontsize=10, loc="left")
+    axes.set_title(f"{alarms} alarm{'s' if alarms != 1 else ''}: {title}", fontsize=10, loc="left")
     figure.set_label(diagnosis.summary())
     return figure

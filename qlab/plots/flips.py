@@ -53,7 +53,7 @@ def flips_figure(result: Flips) -> Figure:
 
 
 def which_flip_figure(result: WhichFlip) -> Figure:
-    """Draw the margin of the first prediction flip by flip, with the flip that changed it and the smallest set.
+    """Draw the margin of the first prediction flip by flip, with the flip that changed it and the minimal set.
 
     Args:
         result: as from `qlab.diagnose.which_flip.which_flip`.
@@ -63,9 +63,9 @@ def which_flip_figure(result: WhichFlip) -> Figure:
     numbers = np.arange(len(result.steps) + 1)
     axes.step(numbers, [result.margin_a, *result.margins], where="post", color=COLOURS[0], lw=1.4)
     axes.axhline(0, color="0.5", lw=0.8)
-    if result.smallest:
-        chosen = np.array(result.smallest)
-        axes.plot(chosen + 1, result.margins[chosen], "s", color=COLOURS[2], ms=6, mfc="none", label="a smallest set")
+    if result.minimal:
+        chosen = np.array(result.minimal)
+        axes.plot(chosen + 1, result.margins[chosen], "s", color=COLOURS[2], ms=6, mfc="none", label="a minimal set")
     if result.first is not None:
         axes.plot([result.first + 1], [result.margins[result.first]], "o", color=COLOURS[1], label="prediction changes")
     if result.first is not None:
@@ -92,9 +92,20 @@ def course_figure(result: Course) -> Figure:
     axes.plot(result.steps, result.margins, color=COLOURS[0], lw=1.3)
     axes.axhline(0, color="0.5", lw=0.8)
     begins = [0, *(np.flatnonzero(np.diff(result.classes)) + 1).tolist()]
-    if len(begins) <= 20:
-        for i in begins:
-            axes.annotate(str(result.classes[i]), (result.steps[i], result.margins[i]), fontsize=9, color=COLOURS[1])
+    reach, room = float(np.ptp(result.steps)) or 1.0, float("-inf")
+    for i in begins:
+        if result.steps[i] - room >= 0.025 * reach:  # else the numbers would overlap
+            where = (result.steps[i], result.margins[i])
+            axes.annotate(
+                str(result.classes[i]),
+                where,
+                (0, 7),
+                textcoords="offset points",
+                fontsize=9,
+                color=COLOURS[1],
+                ha="center",
+            )
+            room = float(result.steps[i])
     last = int(result.classes[-1])
     axes.set(title="Predicted class (numbers) over the training", xlabel="step", ylabel=f"margin of class {last}")
     axes.spines[["top", "right"]].set_visible(False)

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from qlab.diagnose.jacobian import Jacobian
     from qlab.diagnose.meanfield import MeanField
     from qlab.diagnose.signal import Signal, Wake
+    from qlab.diagnose.vanishing import Vanishing
 
-__all__ = ["jacobian_figure", "meanfield_figure", "signal_figure", "wake_figure"]
+__all__ = ["jacobian_figure", "meanfield_figure", "signal_figure", "vanishing_figure", "wake_figure"]
 
 
 def signal_figure(found: Signal) -> Figure:
@@ -37,10 +38,11 @@ def signal_figure(found: Signal) -> Figure:
     norms.set_xticks(at, found.names, rotation=60, ha="right", fontsize=8)
     norms.set(title="gradient norm per layer", ylabel="median, quartiles")
     norms.legend(frameon=False, fontsize=8)
-    units.bar(at - 0.2, found.saturation, 0.38, color=COLOURS[1], hatch="//", label="saturated")
-    units.bar(at + 0.2, found.dead, 0.38, color=COLOURS[5], label="dead")
+    bars = (("saturated", found.saturation, "//"), ("degenerate", found.degenerate, ".."), ("dead", found.dead, ""))
+    for i, (name, shares, hatch) in enumerate(bars):
+        units.bar(at + 0.27 * (i - 1), shares, 0.25, color=COLOURS[(1, 2, 5)[i]], hatch=hatch, label=name)
     units.set_xticks(at, found.names, rotation=60, ha="right", fontsize=8)
-    units.set(title="saturated and dead", ylabel="share of units", ylim=(0, 1))
+    units.set(title="saturated, degenerate, dead", ylabel="share of units", ylim=(0, 1))
     units.legend(frameon=False, fontsize=8)
     wrong, zero = found.thresholds
     gaps.hist(found.gap, bins=30, color=COLOURS[0], alpha=0.6)
@@ -135,6 +137,61 @@ def meanfield_figure(found: MeanField) -> Figure:
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.set_label(found.summary())
+    return figure
+
+
+def vanishing_figure(found: Vanishing, beta: float, dtype: str) -> Figure:
+    """Draw gradients per layer at one beta and dtype, the state of the units, lost gradients over beta, and singular values.
+
+    Args:
+        found: as from `qlab.diagnose.vanishing.vanishing`.
+        beta: the grid's nearest is shown.
+        dtype: one of `found.wakes`.
+    """
+    i = found.nearest(beta)
+    shown = found.wakes[dtype]
+    figure = Figure(figsize=(11, 6.4), dpi=80, layout="constrained")
+    norms, units, lost, spectrum = figure.subplots(2, 2).reshape(-1)
+    at = np.arange(len(found.names))
+    exact = "exact" if all(found.layers.exact) else "surrogate"
+    _norms(norms, at, shown.gradient[i], COLOURS[0], "o", "-", f"back-propagated ({exact})")
+    if found.smoothed is not None:
+        _norms(
+            norms, at, found.smoothed.gradient[i], COLOURS[1], "s", "--", f"smoothed, sharpness {found.k:g}, float64"
+        )
+    expected = found.expected(beta)
+    if expected is not None:
+        norms.plot(at, expected, color=COLOURS[2], ls=":", marker="^", ms=4, label="mean field")
+    norms.set_yscale("log")
+    norms.set_xticks(at, found.names, rotation=60, ha="right", fontsize=8)
+    norms.set(title=f"gradient norm at beta {found.betas[i]:.3g}, {dtype}", ylabel="median, quartiles")
+    norms.legend(frameon=False, fontsize=8)
+    s = found.layers
+    bars = (("saturated", s.saturation, "//"), ("degenerate", s.degenerate, ".."), ("dead", s.dead, ""))
+    for j, (name, shares, hatch) in enumerate(bars):
+        units.bar(at + 0.27 * (j - 1), shares, 0.25, color=COLOURS[(1, 2, 5)[j]], hatch=hatch, label=name)
+    units.set_xticks(at, found.names, rotation=60, ha="right", fontsize=8)
+    units.set(title="state of the units", ylabel="share", ylim=(0, 1))
+    units.legend(frameon=False, fontsize=8)
+    for j, (name, woken) in enumerate(found.wakes.items()):
+        lost.plot(woken.betas, woken.lost[:, 0], color=COLOURS[j], ls=("-", "--", "-.", ":")[j % 4], label=name)
+    lost.axvline(found.betas[i], color="0.6", lw=0.8)
+    lost.set(
+        title="input gradient exactly 0", xlabel="beta", ylabel="share of examples", xscale="log", ylim=(-0.03, 1.03)
+    )
+    lost.legend(frameon=False, fontsize=8)
+    if found.jacobian is not None:
+        values = found.jacobian.values[0]
+        values = values[values > 0] * found.betas[i]
+        if values.size:
+            spectrum.hist(
+                values, bins=np.geomspace(values.min() * 0.99, values.max() * 1.01, 30), color=COLOURS[0], alpha=0.6
+            )
+        spectrum.axvline(1, color=COLOURS[1], ls="--", lw=1)
+        spectrum.set(title="singular values of beta J, input to logits", xscale="log", ylabel="count")
+    for axes in (norms, units, lost, spectrum):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.set_label(found.summary(beta, dtype))
     return figure
 
 

@@ -88,7 +88,7 @@ def test_the_film_is_painted_at_once_and_runs_under_the_arrow_keys(page: Any, la
 
 def test_a_prediction_is_guessed_about_and_its_flips_are_found(page: Any, lab: Lab, theme: str) -> None:
     show(
-        page, lab, f"travel-{theme}.ipynb", "print('in Python', len(travel.answer.smallest), len(travel.answer.steps))"
+        page, lab, f"travel-{theme}.ipynb", "print('in Python', len(travel.answer.minimal), len(travel.answer.steps))"
     )
     assert page.evaluate("document.body.dataset.jpThemeLight") == str(theme == "light").lower()
     ready(page)
@@ -107,8 +107,8 @@ def test_a_prediction_is_guessed_about_and_its_flips_are_found(page: Any, lab: L
     page.locator(".jp-CodeCell .cm-content").nth(2).click()
     page.keyboard.press("Shift+Enter")
     page.wait_for_selector('.jp-OutputArea-output:has-text("in Python")')
-    _, _, smallest, total = page.locator(".jp-OutputArea-output", has_text="in Python").inner_text().split()
-    assert result.startswith(f"{smallest} of {total} ")
+    _, _, minimal, total = page.locator(".jp-OutputArea-output", has_text="in Python").inner_text().split()
+    assert result.startswith(f"{minimal} of {total} ")
     unnamed = page.evaluate(
         """() => [...document.querySelectorAll('.ql-travel :is(input, select)')]
             .filter((e) => !e.labels?.length && !e.getAttribute('aria-label')).length"""

@@ -94,7 +94,7 @@ def test_the_gradient_direction_is_minus_what_backward_gives() -> None:
         torch.testing.assert_close(d[name], -p.grad, rtol=1e-12, atol=1e-15)
     net.zero_grad()
     assert all(
-        math.isclose(float(v.norm()), float(net.get_parameter(n).norm()), rel_tol=1e-6)
+        math.isclose(float(v.norm()), float(net.get_parameter(n).detach().norm()), rel_tol=1e-6)
         for n, v in gradient_direction(net, x, y).items()
         if v.dim() > 1
     )

@@ -201,13 +201,13 @@ def test_every_flip_is_answered_by_running_the_net() -> None:
 
 
 @pytest.mark.parametrize("seed", [3, 4, 6])
-def test_the_smallest_set_suffices_and_nothing_of_it_can_be_left_out(seed: int) -> None:
+def test_the_minimal_set_suffices_and_nothing_of_it_can_be_left_out(seed: int) -> None:
     history, truth, x, a, b = turning(seed)
     model = net()
     found = which_flip(history, model, x, a, b)
     assert found.first is not None
-    assert found.smallest
-    assert max(found.smallest) <= found.first
+    assert found.minimal
+    assert max(found.minimal) <= found.first
 
     def changes(numbers: tuple[int, ...]) -> bool:
         weights = {name: w.clone() for name, w in truth[a].items()}
@@ -215,11 +215,11 @@ def test_the_smallest_set_suffices_and_nothing_of_it_can_be_left_out(seed: int) 
             weights[found.layers[k]][found.indices[k]] = found.values[k, 1]
         return margin(model, x, weights, found.class_a)[1] != found.class_a
 
-    assert changes(found.smallest)
-    for rest in combinations(found.smallest, len(found.smallest) - 1):
+    assert changes(found.minimal)
+    for rest in combinations(found.minimal, len(found.minimal) - 1):
         assert not changes(rest)
     assert "is the first after which the prediction differs" in found.summary()
-    assert found.frame()["smallest_set"].sum() == len(found.smallest)
+    assert found.frame()["minimal_set"].sum() == len(found.minimal)
     assert found.figure().get_label() == found.summary()
 
 
@@ -277,6 +277,17 @@ def test_wrong_input_is_said_in_one_error() -> None:
         which_flip(history, net(), x[:1], 5, 0)
     with pytest.raises(InputError, match="does not take inputs"):
         which_flip(history, net(), torch.randn(1, 12, dtype=torch.float64), 0, 5)
+
+
+def test_too_many_flips_are_refused_before_any_work() -> None:
+    recorder = Recorder([Tracked("0", (100, 130), SIGNS)])
+    recorder.append(0, {"0": torch.ones(100, 130)})
+    recorder.append(1, {"0": -torch.ones(100, 130)})
+    recorder.append(2, {"0": torch.ones(100, 130)})
+    model = nn.Sequential(nn.Linear(130, 100)).double().eval()
+    x = torch.randn(1, 130, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(InputError, match="26,000 flips between steps 0 and 2"):
+        which_flip(recorder.history(), model, x, 0, 2)
 
 
 def test_a_saved_history_comes_back_without_pickle(tmp_path: Path) -> None:

@@ -199,14 +199,19 @@ def test_weights_of_signs_alone_leave_activation_gradients_exact() -> None:
     assert found.smoothed is None
 
 
-def test_saturation_counts_preactivations_beyond_one() -> None:
+def test_saturation_counts_preactivations_beyond_one_and_degeneration_units_that_lean_to_one_side() -> None:
     net, (x, y) = binary(), data()
+    with torch.no_grad():
+        net[1].bias[:3] = 5  # type: ignore[index]
     found = signal(net, x, y)
     u = net[1](net[0](x))  # type: ignore[index]
     i = found.names.index("2")
     assert found.kinds[i] == "Sign"
     assert found.saturation[i] == pytest.approx(float((u.abs() > 1).double().mean()))
+    assert found.degenerate[i] == pytest.approx(float((u.mean(0).abs() > u.std(0, correction=0)).double().mean()))
+    assert 0 < found.degenerate[i] < 1
     assert math.isnan(found.saturation[1])
+    assert math.isnan(found.degenerate[1])
 
 
 def test_dead_units_give_the_same_for_every_example_and_make_exact_zeros() -> None:

@@ -82,10 +82,10 @@ def test_the_flips_that_are_found_are_those_of_which_flip(trained: tuple[History
     s = travel.settings
     expected = which_flip(history, net, x[undecided : undecided + 1], s["since"], s["until"])
     assert travel.answer is not None
-    assert travel.answer.smallest == expected.smallest
+    assert travel.answer.minimal == expected.minimal
     assert travel.found["first"] == (expected.first or 0) + 1
     assert travel.found["done"]
-    assert sum(row["smallest"] for row in travel.found["rows"]) == min(len(expected.smallest), 12)
+    assert sum(row["minimal"] for row in travel.found["rows"]) == min(len(expected.minimal), 12)
     assert travel.caption == expected.summary()
     assert travel.status["phase"] == "idle"
     data, metadata = travel._repr_mimebundle_()

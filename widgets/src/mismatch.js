@@ -15,6 +15,7 @@ class View {
   constructor(model, root) {
     this.model = model;
     this.guess = null;
+    this.serial = 0;
     this.build(root);
     this.listen();
   }
@@ -23,13 +24,13 @@ class View {
     this.editor = new Editor((values, done) => this.drawn(values, done));
     this.primitive = new Primitive();
     this.preset = select([{ name: "", title: "choose ..." }, ...PRESETS.map((name) => ({ name }))], "", () => {
-      if (this.preset.value) this.send({ type: "draw", values: this.preset.value });
+      if (this.preset.value) this.sendDrawing(this.preset.value);
       this.preset.value = "";
     });
     this.mirror = h("input", { type: "checkbox", onchange: () => (this.editor.mirror = this.mirror.checked) });
     this.mirror.checked = true;
     this.area = h("p", { class: "ql-muted" });
-    this.guesses = h("fieldset", { class: "ql-guesses" }, h("legend", { text: "Your guess first: in which layer does the gradient point best?" }));
+    this.guesses = h("fieldset", { class: "ql-guesses" }, h("legend", { text: "Guess first: where does it point best?" }));
     this.layer = select([], "", () => this.send({ type: "choose", layer: this.layer.value }));
     this.scatter = h("div", { class: "ql-scatter" });
     this.numbers = h("p", { class: "ql-numbers" });
@@ -66,7 +67,7 @@ class View {
           h("section", {}, h("h4", { text: "Gradient against the truth" }), this.guesses, this.verdict, this.revealed),
           h(
             "section",
-            {},
+            { class: "ql-area-moons" },
             h("h4", { text: "Two moons, trained with it" }),
             h("div", { class: "ql-buttons" }, this.train, this.stop),
             this.status,
@@ -117,18 +118,24 @@ class View {
     if (done) {
       clearTimeout(this.timer);
       this.timer = undefined;
-      this.send({ type: "draw", values });
+      this.sendDrawing(values);
     } else if (this.timer === undefined) {
       this.timer = setTimeout(() => {
         this.timer = undefined;
-        this.send({ type: "draw", values: this.pending });
+        this.sendDrawing(this.pending);
       }, SEND_MS);
     }
   }
 
+  /** Drawings are numbered: an answer to an older one must not undo a newer one that is on its way. */
+  sendDrawing(values) {
+    this.serial = Math.max(this.serial, this.model.get("drawing").serial) + 1;
+    this.send({ type: "draw", values, serial: this.serial });
+  }
+
   drawDrawing() {
-    const { knots, values, area } = this.model.get("drawing");
-    this.editor.set(knots, values);
+    const { knots, values, area, serial } = this.model.get("drawing");
+    if (serial >= this.serial) this.editor.set(knots, values);
     this.area.textContent = `Height of the step that it stands for: ${two(area)}; the jump of sign is 2.`;
   }
 
@@ -164,11 +171,13 @@ class View {
     this.drawScatter();
     this.drawCaption();
     this.guesses.disabled = true;
+  }
+
+  judge() {
     const best = this.best();
-    if (best) {
-      const right = best.layer === layer ? "You guessed right" : "You guessed otherwise";
-      this.verdict.textContent = `${right}: it is ${best.layer}, cosine ${two(best.cosine)}.`;
-    }
+    if (this.guess === null || !best) return;
+    const right = best.layer === this.guess ? "You guessed right" : `You guessed ${this.guess}`;
+    this.verdict.textContent = `${right}: with this drawing it is ${best.layer}, cosine ${two(best.cosine)}.`;
   }
 
   best() {
@@ -183,6 +192,7 @@ class View {
     this.revealed.hidden = this.guess === null || !one;
     this.guesses.hidden = layers.length === 0;
     if (this.revealed.hidden) return;
+    this.judge();
     this.layer.value = chosen;
     this.scatter.replaceChildren(scatter(one));
     this.numbers.textContent =
@@ -238,7 +248,7 @@ class View {
 
 /** Surrogate over truth; the quarters in which the signs differ are shaded. */
 function scatter({ layer, axis, surrogate, truth, cosine, signs }) {
-  const size = 250;
+  const size = 290;
   const [left, bottom, top] = [26, 34, 6];
   const x = scaleLinear([-1.1, 1.1], [left, size]);
   const y = scaleLinear([-1.1, 1.1], [size - bottom, top]);
@@ -260,7 +270,7 @@ function scatter({ layer, axis, surrogate, truth, cosine, signs }) {
 /** The plane: the region of class 1 is tinted and outlined, classes are circles and squares. */
 function plane({ decisions, grid, extent, points, labels, summary }) {
   const [x0, x1, y0, y1] = extent;
-  const width = 250;
+  const width = 290;
   const height = Math.round((width * (y1 - y0)) / (x1 - x0));
   const x = scaleLinear([x0, x1], [0, width]);
   const y = scaleLinear([y0, y1], [height, 0]);
@@ -279,7 +289,7 @@ function plane({ decisions, grid, extent, points, labels, summary }) {
 }
 
 function accuracy({ steps, accuracies }) {
-  const [width, height, left, right, bottom] = [250, 96, 34, 46, 30];
+  const [width, height, left, right, bottom] = [290, 100, 38, 46, 30];
   const x = scaleLinear([0, steps.at(-1) || 1], [left, width - right]);
   const y = scaleLinear([0.4, 1], [height - bottom, 6]);
   const last = accuracies.at(-1);

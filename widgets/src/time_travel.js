@@ -104,9 +104,9 @@ class View {
             this.status,
             this.result,
             this.marginChart.node,
-            this.table,
           ),
         ),
+        this.table,
         this.error,
         this.caption,
       ),
@@ -287,20 +287,20 @@ class View {
       return;
     }
     const [low, high] = GUESSES[this.guess ?? 0];
-    const right = found.smallest >= low && found.smallest <= high;
+    const right = found.minimal >= low && found.minimal <= high;
     const verdict = this.guess === null ? "" : ` You guessed ${right ? "right" : "wrong"}.`;
-    this.result.textContent = `${found.smallest} of ${found.flips} ${found.flips === 1 ? "flip suffices" : "flips suffice"} to leave class ${found.class_a}; in the order of time it is number ${found.first} that does it.${verdict}`;
+    this.result.textContent = `${found.minimal} of ${found.flips} ${found.flips === 1 ? "flip suffices" : "flips suffice"} to leave class ${found.class_a}; in the order of time it is number ${found.first} that does it.${verdict}`;
   }
 
   drawTable(found) {
     const header = ["no.", "step", "weight", "flip", "margin", "change", "alone", "undone", ""];
     const hints = { alone: "change of the margin by this flip alone on the earlier weights", undone: "change by taking it back on the later weights" };
-    const table = h("table", { class: "ql-flips" }, h("caption", { text: "Flips of a smallest set, and those that moved the margin most" }));
+    const table = h("table", { class: "ql-flips" }, h("caption", { text: "Flips of a minimal set, and those that moved the margin most" }));
     table.append(h("tr", {}, ...header.map((text) => h("th", { scope: "col", text, title: hints[text] ?? null }))));
     for (const row of found.rows) {
-      const mark = [row.smallest ? "in the set" : "", row.first ? "turns it" : ""].filter(Boolean).join(", ");
+      const mark = [row.minimal ? "in the set" : "", row.first ? "turns it" : ""].filter(Boolean).join(", ");
       const cells = [row.number, row.step, row.weight, `${signed(row.before)} → ${signed(row.after)}`, signed(row.margin), signed(row.change), signed(row.alone), signed(row.undone), mark];
-      table.append(h("tr", { class: row.smallest ? "ql-chosen" : null }, ...cells.map((text, i) => h("td", { text, class: i === 2 || i === 8 ? null : "ql-number" }))));
+      table.append(h("tr", { class: row.minimal ? "ql-chosen" : null }, ...cells.map((text, i) => h("td", { text, class: i === 2 || i === 8 ? null : "ql-number" }))));
     }
     this.table.replaceChildren(table);
   }
