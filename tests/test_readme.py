@@ -66,7 +66,7 @@ def test_make_targets_that_are_named_exist() -> None:
 
 
 def test_first_lines_of_python_run(capsys: pytest.CaptureFixture[str]) -> None:
-    code, _ = blocks("python")
+    code, *_ = blocks("python")
     assert len([line for line in code.splitlines() if line]) <= 5
     names: dict[str, object] = {}
     exec(compile(code, "README.md", "exec"), names)
@@ -77,7 +77,7 @@ def test_first_lines_of_python_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_lines_on_packed_bits_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    _, code = blocks("python")
+    _, code, _ = blocks("python")
     data = qlab.data.load("two_moons", n=400)
     net = qlab.build("mlp", (2,), 2, hidden=(16, 16), seed=0)
     method = qlab.methods.create("ste", net, activations="sign", keep=["first", "last"])
@@ -91,11 +91,21 @@ def test_the_lines_on_packed_bits_run(tmp_path: Path, monkeypatch: pytest.Monkey
     assert qlab.binary.load(tmp_path / "net.safetensors").graph.layers == names["packed"].graph.layers  # type: ignore[attr-defined]
 
 
+def test_the_lines_on_diagnosis_run(capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, code = blocks("python")
+    data = qlab.data.load("two_moons", n=400)
+    method = qlab.methods.create("ste", qlab.build("mlp", (2,), 2, hidden=(16, 16), seed=0), activations="sign")
+    run = qlab.fit(method, data, epochs=1, progress=False)
+    test = data.split("test")
+    exec(compile(code, "README.md", "exec"), {"qlab": qlab, "run": run, "x": data.transform(test.x), "y": test.y})
+    assert capsys.readouterr().out.strip()
+
+
 def test_commands_are_understood() -> None:
     seen = set()
     for _, command, *rest in commands():
         seen.add(command)
-        if command in ("methods", "describe", "pack", "reproduce", "bench"):
+        if command in ("methods", "describe", "diagnose", "pack", "reproduce", "bench"):
             assert _parser().parse_args([command, *rest]).command == command
             continue
         options = dict(zip(rest[::2], rest[1::2], strict=True))
@@ -109,7 +119,7 @@ def test_commands_are_understood() -> None:
                 assert option.removeprefix("--data.") in inspect.signature(DATA.load(str(data))).parameters
             else:
                 assert option in ("--method", "--data", "--ckpt_path", "--trainer.max_epochs")
-    assert seen == {"methods", "describe", "fit", "test", "pack", "reproduce", "bench"}
+    assert seen == {"methods", "describe", "fit", "test", "diagnose", "pack", "reproduce", "bench"}
 
 
 def test_the_picture_is_one_and_small() -> None:

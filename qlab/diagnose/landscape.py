@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from qlab.diagnose.base import Result, check, plain
 from qlab.diagnose.functions import FUNCTIONS, FunctionName, variant
@@ -414,6 +415,16 @@ def axes(span: Span, points: int | tuple[int, int], dimensions: int) -> tuple[Ar
         raise InputError(f"span is {span!r}; expected a positive number, or low < high")
     a = np.linspace(low, high, sizes[0])
     return a, np.linspace(bottom, top, sizes[1]) if dimensions == 2 else np.zeros(1)
+
+
+def usual_functions(net: nn.Module) -> tuple[FunctionName, ...]:
+    """Return the functions that a landscape of a net shows by default: one for a net without quantizers."""
+    return _functions(plain(net), None)
+
+
+def has_batch_norm(net: nn.Module) -> bool:
+    """Return whether a net has batch norms with running statistics, which can be frozen or re-estimated."""
+    return any(isinstance(m, _BatchNorm) and m.track_running_stats for m in plain(net).modules())
 
 
 def _functions(net: nn.Module, functions: Sequence[FunctionName] | None) -> tuple[FunctionName, ...]:

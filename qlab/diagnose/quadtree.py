@@ -58,22 +58,24 @@ def landscaping(
     names: Sequence[str] = (),
     seconds: float | None = None,
     file: str | os.PathLike[str] | None = None,
+    resume: Landscape | None = None,
 ) -> Generator[Update, None, None]:
     """Yield the `Landscape` after every round; see `landscape` for the arguments.
 
     Args:
         seconds: after so many no further round begins; None goes on to the last point.
         file: where to save what there is, every second and at the end, and to resume from if it is there.
+        resume: an earlier, partial result to go on from.
 
     Raises:
-        InputError: as `landscape` does; a file of another landscape; a time that is not positive.
+        InputError: as `landscape` does; a file or earlier result of another landscape; a time that is not positive.
         DataFileError: a corrupt file.
     """
     if seconds is not None and not seconds > 0:
         raise InputError(f"seconds is {seconds!r}; expected a positive number, or None")
     begun = saved = time.monotonic()
     views = Views(net, x, y, d1, d2, span, points, functions, loss, sharpness, batch_norm, batches, names)
-    grid = _Grid(views, None if file is None else _earlier(file, views))
+    grid = _Grid(views, _earlier(file, resume, views))
     land: Landscape | None = None
     try:
         for cells in grid.rounds():
@@ -91,16 +93,15 @@ def landscaping(
             land.save(file)
 
 
-def _earlier(file: str | os.PathLike[str], views: Views) -> Landscape | None:
-    if not pathlib.Path(file).exists():
-        return None
-    land = load_landscape(file)
-    if land.digest != views.digest:
+def _earlier(file: str | os.PathLike[str] | None, resume: Landscape | None, views: Views) -> Landscape | None:
+    what = "resume"
+    if file is not None and pathlib.Path(file).exists():
+        resume, what = load_landscape(file), f"file {pathlib.Path(file).name!r}"
+    if resume is not None and resume.digest != views.digest:
         raise InputError(
-            f"{pathlib.Path(file).name!r} holds another landscape: its net, data, directions or settings differ. "
-            "Give another file name, or delete it"
+            f"{what} holds another landscape: its net, data, directions or settings differ. Give another, or none"
         )
-    return land
+    return resume
 
 
 class _Grid:

@@ -107,6 +107,8 @@ def course_figure(result: Course) -> Figure:
             )
             room = float(result.steps[i])
     last = int(result.classes[-1])
+    if result.turns:
+        axes.annotate(str(last), (result.steps[-1], result.margins[-1]), (0, 7), textcoords="offset points", fontsize=9)
     axes.set(title="Predicted class (numbers) over the training", xlabel="step", ylabel=f"margin of class {last}")
     axes.spines[["top", "right"]].set_visible(False)
     figure.set_label(result.summary())
