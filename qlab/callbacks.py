@@ -147,7 +147,6 @@ class BitHistory(pl.Callback):
         if trainer.is_global_zero and self.path is not None and self._recorder is not None:
             self._recorder.history().save(self.path)
 
-    @torch.no_grad()
     def _record(self, step: int) -> None:
         if self._recorder is not None and self._recorder.due(step):
             self._recorder.append_words(step, [encode() for encode in self._encoders])
@@ -166,6 +165,7 @@ class BitHistory(pl.Callback):
 def _encoder(tensor: Tracked, t: QuantizedTensor) -> Callable[[], NDArray[np.uint64]]:
     """Return what gives the words of a tensor now; without a call of its quantizer where that is seen to be a plain sign."""
 
+    @torch.no_grad()
     def words() -> NDArray[np.uint64]:
         return tensor.encode(t.quantizer.hard(t.latent.detach()))
 

@@ -8,9 +8,18 @@ from __future__ import annotations
 
 from qlab.widgets.attribution import AttributionGuard
 from qlab.widgets.bitlab import BitLab
+from qlab.widgets.landscape import LandscapeExplorer
 from qlab.widgets.mismatch import GradientMismatch
 from qlab.widgets.studio import Studio
 from qlab.widgets.time_travel import TimeTravel
 from qlab.widgets.vanishing import VanishingMicroscope
 
-__all__ = ["AttributionGuard", "BitLab", "GradientMismatch", "Studio", "TimeTravel", "VanishingMicroscope"]
+__all__ = [
+    "AttributionGuard",
+    "BitLab",
+    "GradientMismatch",
+    "LandscapeExplorer",
+    "Studio",
+    "TimeTravel",
+    "VanishingMicroscope",
+]

@@ -353,6 +353,7 @@ def _surface(land: Landscape) -> dict[str, Any]:
         "high": high,
         "log": log,
         "sharpness": land.sharpness,
+        "origin": [i, j],
         "centre": {f: float(land.loss[f][i, j]) for f in land.functions},
     }
 

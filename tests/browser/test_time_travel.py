@@ -87,9 +87,7 @@ def test_the_film_is_painted_at_once_and_runs_under_the_arrow_keys(page: Any, la
 
 
 def test_a_prediction_is_guessed_about_and_its_flips_are_found(page: Any, lab: Lab, theme: str) -> None:
-    show(
-        page, lab, f"travel-{theme}.ipynb", "print('in Python', len(travel.answer.minimal), len(travel.answer.steps))"
-    )
+    show(page, lab, f"travel-{theme}.ipynb", "print('in Python', len(travel.answer.minimal), len(travel.answer.steps))")
     assert page.evaluate("document.body.dataset.jpThemeLight") == str(theme == "light").lower()
     ready(page)
     find = page.get_by_role("button", name="Find the flips")

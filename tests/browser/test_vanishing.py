@@ -12,12 +12,12 @@ from tests.browser.test_studio import keep, open_notebook, run_first_cell
 pytestmark = pytest.mark.browser
 
 PAINTED = ".ql-vanishing[data-painted=true]"
-WAIT_MS = 180_000
+WAIT_MS = 60_000
 NET = """import torch, qlab
 import torch.nn.functional as F
 from qlab.quantizers import Sign
 torch.manual_seed(0)
-data = qlab.load("digits")
+data = qlab.data.load("digits")
 train, test = data.split("train"), data.split("test")
 net = qlab.quantize(qlab.build("mlp", data.input_shape, 10, hidden=(128, 128), affine=False, seed=0), Sign, Sign)
 x, optimizer = data.transform(train.x), torch.optim.Adam(net.parameters(), 1e-2)
@@ -50,7 +50,7 @@ def show(page: Any, lab: Lab, name: str, *more: str) -> None:
 def finished(page: Any) -> None:
     page.wait_for_function(
         "() => { const e = document.querySelector('.ql-vanishing'); return e.dataset.phase === 'idle'"
-        " && document.querySelectorAll('.ql-vanishing select option:disabled').length === 0; }",
+        " && document.querySelectorAll('.ql-vanishing select option[disabled]').length === 0; }",
         timeout=WAIT_MS,
     )
 
@@ -112,7 +112,8 @@ def test_everything_has_a_name_and_nothing_sticks_out(page: Any, lab: Lab) -> No
     )
     assert unnamed == 0
     silent = page.evaluate(
-        "() => [...document.querySelectorAll('.ql-vanishing svg:not([aria-hidden])')].filter((e) => !e.getAttribute('aria-label')).length"
+        """() => [...document.querySelectorAll('.ql-vanishing svg:not([aria-hidden])')]
+            .filter((e) => !e.getAttribute('aria-label')).length"""
     )
     assert silent == 0
     page.set_viewport_size({"width": 520, "height": 2400})

@@ -59,7 +59,7 @@ export function normPlot(data, index, dtype) {
   const [K, L] = [grid.betas.length, names.length];
   const shown = curves[dtype];
   const series = [{ name: data.exact ? "back-propagated, exact" : "back-propagated, surrogate", slot: 0, norms: shown.norms }];
-  if (smoothed) series.push({ name: `smoothed, k ${grid.k}`, slot: 1, norms: smoothed.norms });
+  if (smoothed) series.push({ name: `smoothed, k ${grid.k}, float64`, slot: 1, norms: smoothed.norms });
   const lines = series.map((s) => ({ ...s, middle: row(s.norms, 1, index, K, L), low: row(s.norms, 0, index, K, L), high: row(s.norms, 2, index, K, L) }));
   if (expected.length) lines.push({ name: "mean field", slot: 2, middle: expected.subarray(index * L, (index + 1) * L) });
   // One domain for all temperatures, so that the slider is seen to move the curve and not the axis.
@@ -72,7 +72,7 @@ export function normPlot(data, index, dtype) {
   const x = scalePoint(names, [X0 + 14, X1 - 14]);
   const y = scaleLinear([floor, high], [Y0 - 8, Y1]);
   const said = lines.map((l) => `${l.name}: ${names.map((name, i) => `${name} ${read(l.middle[i])}`).join(", ")}`).join("; ");
-  const { root, nodes } = plot("Gradient norm per layer (median, quartiles)", said, "layer, from the input to the logits");
+  const { root, nodes } = plot("Gradient norm per layer (median, quartiles)", said, "");
   axes(root, axisBottom(x), axisLeft(y).tickValues(powers([floor, high])).tickFormat(power));
   const narrow = names.length > 5;
   root.selectAll(".tick text").filter((name) => typeof name === "string").attr("transform", narrow ? "rotate(-22)" : null).attr("text-anchor", narrow ? "end" : "middle");
@@ -130,14 +130,13 @@ export function gapPlot(data, index, dtype, seen) {
   const y = scaleLinear([0, Math.max(...shares, 0.01) * 1.35], [Y0, Y1]);
   const shift = Math.log10(beta);
   const limits = `the gradient's direction is wrong above ${(10 ** wrong).toFixed(1)}, it is 0 above ${(10 ** zero).toFixed(1)}`;
-  const { root, nodes } = plot("Gap of the logits, β Δ", seen ? limits : "the limits appear after your guess", `β Δ; ${percent(misclassified)} of the examples are misclassified and have none`);
+  const { root, nodes } = plot("Gap of the logits, β Δ", seen ? limits : "the limits appear after your guess", `β Δ; not drawn: ${percent(misclassified)} of the examples, which are misclassified`);
   bars(root, x, y, edges, shift, shares);
   axes(root, axisBottom(x).tickValues(powers([-2, 4.5])).tickFormat(power), axisLeft(y).ticks(4, ".0%"));
   if (seen) {
-    for (const [at, text, line] of [[wrong, "wrong way", 0], [zero, "zero", 1]]) {
-      rule(root, x(at), Y0, x(at), Y1, "ql-threshold");
-      word(root, x(at) + 3, Y1 + 9 + 13 * line, `${text} →`, "ql-mark-1");
-    }
+    for (const at of [wrong, zero]) rule(root, x(at), Y0, x(at), Y1, "ql-threshold");
+    word(root, x(wrong) - 4, Y1 + 9, `wrong way from ${(10 ** wrong).toFixed(1)}`, "ql-mark-1", "end");
+    word(root, x(zero) + 4, Y1 + 9, `zero from ${(10 ** zero).toFixed(1)}`, "ql-mark-1");
   }
   return nodes;
 }

@@ -52,7 +52,7 @@ class View {
         this.result,
         h("div", { class: "ql-columns" }, ...Object.values(this.parts)),
         h("h4", { text: "The layers, at every β: units that are stuck, and how much J stretches" }),
-        this.table,
+        h("div", { class: "ql-scroll", tabindex: 0, role: "region", "aria-label": "state of the layers" }, this.table),
         this.status,
         this.error,
         this.caption,
