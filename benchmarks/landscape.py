@@ -56,8 +56,8 @@ def visited(steps: int) -> Tensor:
 def by_package(
     net: nn.Module, directions: list[Direction], x: Tensor, y: Tensor, steps: int = SIDE
 ) -> Callable[[], object]:
-    from loss_landscapes import planar_interpolation  # type: ignore[import-untyped]
-    from loss_landscapes.metrics import Loss  # type: ignore[import-untyped]
+    from loss_landscapes import planar_interpolation
+    from loss_landscapes.metrics import Loss
 
     ends = [copy.deepcopy(net) for _ in directions]
     with torch.no_grad():

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -30,7 +29,7 @@ from torch import Tensor
 from qlab.data.seeding import generator
 from qlab.diagnose.base import plain
 from qlab.diagnose.coordinates import coordinate_cosine, temperature
-from qlab.diagnose.history import MEGABYTE, History, Recorder, Tracked
+from qlab.diagnose.history import MEGABYTE, History, Recorder, Signs, Tracked
 from qlab.errors import InputError
 from qlab.quantizers import QuantizedTensor, harden, quantized_tensors, quantizers
 
@@ -104,7 +103,7 @@ class BitHistory(pl.Callback):
             raise InputError(f"limit_mb must be positive, not {limit_mb!r}")
         self.every, self.limit_mb, self.path = every, limit_mb, path
         self._recorder: Recorder | None = None
-        self._encoders: list[Callable[[], NDArray[np.uint64]]] = []
+        self._words: Callable[[], NDArray[np.uint64]] | None = None
 
     @property
     def history(self) -> History:
@@ -121,18 +120,16 @@ class BitHistory(pl.Callback):
         """Find the tensors and record where they start; after a resume the record goes on."""
         if not trainer.is_global_zero:
             return
-        tracked = []
-        self._encoders = []
-        for t in quantized_tensors(plain(pl_module)):
-            levels = t.quantizer.levels(torch.float64)
-            if levels is not None:
-                tensor = Tracked(t.name, tuple(t.latent.shape), tuple(levels.tolist()))
-                tracked.append(tensor)
-                self._encoders.append(_encoder(tensor, t))
+        found = [(t, t.quantizer.levels(torch.float64)) for t in quantized_tensors(plain(pl_module))]
+        tensors = [t for t, levels in found if levels is not None]
+        tracked = [
+            Tracked(t.name, tuple(t.latent.shape), tuple(levels.tolist())) for t, levels in found if levels is not None
+        ]
         if not tracked:
             return
         if self._recorder is None or self._recorder.tensors != tuple(tracked):
             self._recorder = Recorder(tracked, self.every, int(self.limit_mb * MEGABYTE))
+        self._words = _encoder(tracked, tensors)
         self._record(trainer.global_step)
 
     def on_train_batch_end(
@@ -148,8 +145,8 @@ class BitHistory(pl.Callback):
             self._recorder.history().save(self.path)
 
     def _record(self, step: int) -> None:
-        if self._recorder is not None and self._recorder.due(step):
-            self._recorder.append_words(step, [encode() for encode in self._encoders])
+        if self._recorder is not None and self._words is not None and self._recorder.due(step):
+            self._recorder.append_words(step, self._words())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the record: a tensor of words and primitives."""
@@ -161,23 +158,29 @@ class BitHistory(pl.Callback):
         self._recorder = None if record is None else Recorder.of(record, int(self.limit_mb * MEGABYTE))
 
 
-@torch.no_grad()
-def _encoder(tensor: Tracked, t: QuantizedTensor) -> Callable[[], NDArray[np.uint64]]:
-    """Return what gives the words of a tensor now; without a call of its quantizer where that is seen to be a plain sign."""
+def _encoder(tracked: list[Tracked], tensors: list[QuantizedTensor]) -> Callable[[], NDArray[np.uint64]]:
+    """Return what gives the words of all tensors now; without calling quantizers that are seen to be plain signs."""
+    if all(_is_sign(tensor, t) for tensor, t in zip(tracked, tensors, strict=True)):
+        return Signs(tracked, [t.latent for t in tensors])
 
     @torch.no_grad()
     def words() -> NDArray[np.uint64]:
-        return tensor.encode(t.quantizer.hard(t.latent.detach()))
+        pairs = zip(tracked, tensors, strict=True)
+        return np.concatenate([tensor.encode(t.quantizer.hard(t.latent.detach())) for tensor, t in pairs])
 
-    if len(tensor.levels) == 2:
-        low, high = tensor.levels
-        w = t.latent.detach()
-        shift = w.abs().mean()
-        for u in (w, w + shift, 2 * w - shift, torch.zeros_like(w)):  # a sign of w - mean(w) is none of w
-            if not torch.equal(t.quantizer.hard(u), torch.where(u >= 0, high, low).to(u.dtype)):
-                return words
-        return partial(tensor.encode_signs, t.latent)
     return words
+
+
+@torch.no_grad()
+def _is_sign(tensor: Tracked, t: QuantizedTensor) -> bool:
+    """Return whether the deployed value is high where the latent one is at least 0 and low elsewhere, as far as one sees."""
+    w = t.latent.detach()
+    if len(tensor.levels) != 2 or w.device.type != "cpu" or w.dtype not in Signs.DTYPES:
+        return False
+    low, high = tensor.levels
+    shift = w.abs().mean()
+    probes = (w, w + shift, 2 * w - shift, torch.zeros_like(w))  # a sign of w - mean(w) is none of w
+    return all(torch.equal(t.quantizer.hard(u), torch.where(u >= 0, high, low).to(u.dtype)) for u in probes)
 
 
 class MismatchProbe(pl.Callback):

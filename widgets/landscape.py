@@ -42,7 +42,7 @@ __all__ = ["LandscapeExplorer"]
 
 _STATIC = pathlib.Path(__file__).parent / "static"
 _MODES = ("frozen", "reestimated")
-_SHARPNESS = (0.5, 500.0)
+_SHARPNESS = (0.5, 5000.0)
 _MAX_POINTS = 101  # a side: below a megabyte for three functions
 _SOFT = "smoothed"
 
@@ -92,7 +92,7 @@ class LandscapeExplorer(anywidget.AnyWidget):
     ) -> None:
         from qlab.diagnose.base import check, plain
         from qlab.diagnose.directions import random_direction
-        from qlab.diagnose.landscape import has_batch_norm, usual_functions
+        from qlab.diagnose.views import has_batch_norm, usual_functions
 
         if not isinstance(points, int) or isinstance(points, bool) or not 5 <= points <= _MAX_POINTS:
             raise InputError(f"points is {points!r}; expected a whole number from 5 to {_MAX_POINTS}")
@@ -101,7 +101,7 @@ class LandscapeExplorer(anywidget.AnyWidget):
         drawn = path.directions if path is not None else [random_direction(net, seed + i) for i in (0, 1)]
         self._directions = (d1 if d1 is not None else drawn[0], d2 if d2 is not None else drawn[1])
         own = path is not None and d1 is None and d2 is None
-        self._span = span if span is not None else path.span() if own and path is not None else 1.0
+        self._span = span if span is not None else path.span(points=points) if own and path is not None else 1.0
         names = ("first principal component", "second principal component") if own else ("a", "b")
         self._names = names if d1 is None and d2 is None else ("first direction", "second direction")
         self._functions = usual_functions(net)
@@ -149,7 +149,7 @@ class LandscapeExplorer(anywidget.AnyWidget):
         """Show the smoothed function with another sharpness; the other surfaces stay.
 
         Raises:
-            InputError: a sharpness out of [0.5, 500].
+            InputError: a sharpness out of [0.5, 5000].
         """
         k = _sharpness(sharpness)
         with self._lock:

@@ -29,18 +29,19 @@ from qlab.diagnose.base import Result
 from qlab.diagnose.course import Course, course
 from qlab.diagnose.curvature import Curvature, curvature, curving
 from qlab.diagnose.directions import between, gradient_direction, principal_axes, random_direction
+from qlab.diagnose.discrete import FlipPairs, Stein, flip_pairs, stein
 from qlab.diagnose.doctor import Diagnosis, Finding, doctor
 from qlab.diagnose.exact_line import ExactLine, exact_line
 from qlab.diagnose.flip_oracle import FlipOracle, binary_layers, flip_oracle, flipping
 from qlab.diagnose.flips import Flips, flips, scrub
 from qlab.diagnose.foreign import Flat, piecewise_constant
 from qlab.diagnose.functions import FUNCTIONS, variant
-from qlab.diagnose.gradients import Mismatch, mismatch, mismatching
+from qlab.diagnose.gradients import Mismatch, believing, mismatch, mismatching
 from qlab.diagnose.history import History
 from qlab.diagnose.honesty import Circulation, circulating, circulation
 from qlab.diagnose.jacobian import Jacobian, jacobian
 from qlab.diagnose.landscape import Landscape, landscape, load_landscape
-from qlab.diagnose.meanfield import MeanField, meanfield
+from qlab.diagnose.meanfield import MeanField, meanfield, predicted_gradients
 from qlab.diagnose.population import Population
 from qlab.diagnose.quadtree import landscaping
 from qlab.diagnose.signal import Signal, Wake, signal, wake
@@ -60,6 +61,7 @@ __all__ = [
     "Finding",
     "Flat",
     "FlipOracle",
+    "FlipPairs",
     "Flips",
     "History",
     "Jacobian",
@@ -70,12 +72,14 @@ __all__ = [
     "Result",
     "Signal",
     "Smoothed",
+    "Stein",
     "Trajectory",
     "Twins",
     "Wake",
     "WhichFlip",
     "attribute",
     "attributing",
+    "believing",
     "between",
     "binary_layers",
     "circulating",
@@ -86,6 +90,7 @@ __all__ = [
     "doctor",
     "exact_line",
     "flip_oracle",
+    "flip_pairs",
     "flipping",
     "flips",
     "gradient_direction",
@@ -98,11 +103,13 @@ __all__ = [
     "mismatching",
     "patches",
     "piecewise_constant",
+    "predicted_gradients",
     "principal_axes",
     "random_direction",
     "scrub",
     "signal",
     "smoothed_gradient",
+    "stein",
     "trajectory",
     "twinning",
     "twins",

@@ -14,7 +14,7 @@ that have an answer:
 
     function="smoothed", "surrogate"     the Hessian of a function that exists; see `qlab.diagnose.functions`
     `qlab.diagnose.discrete.stein`       curvature of the loss averaged over a Gaussian, from losses alone
-    `qlab.diagnose.discrete.flips`       second differences over signs of weights
+    `qlab.diagnose.discrete.flip_pairs`       second differences over signs of weights
 
 Source: Pearlmutter 1994 (H v); Hutchinson 1990, with Q from a sketch H S as in Hutch++, Meyer et al., arXiv 2010.09649; Yao et al.,
 PyHessian, arXiv 1912.07145; Foret et al., SAM, arXiv 2010.01412; Keskar et al., arXiv 1609.04836 (the ball).
@@ -22,7 +22,6 @@ PyHessian, arXiv 1912.07145; Foret et al., SAM, arXiv 2010.01412; Keskar et al.,
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -223,17 +222,17 @@ def _constant(net: nn.Module, x: Tensor, names: Sequence[str] | None, seed: int 
         id(t.latent): type(t.quantizer).__name__ for t in quantized_tensors(net) if t.quantizer.levels() is not None
     }
     reasons: dict[str, str] = {}
-    double = copy.deepcopy(net).double()
-    theta = {name: p.detach() for name, p in double.named_parameters()}
+    theta = {name: p.detach().double() for name, p in net.named_parameters()}
+    buffers = {name: b.double() if b.is_floating_point() else b for name, b in net.named_buffers()}
     x = x[:8].double()  # a step function shows on few examples too
 
     def logits(name: str, w: Tensor) -> Tensor:
         with torch.no_grad():
-            return torch.func.functional_call(double, theta | {name: w}, (x,))
+            return torch.func.functional_call(net, theta | buffers | {name: w}, (x,))
 
     g = generator("constant weights", seed)
     with torch.no_grad():
-        here = double(x)
+        here = torch.func.functional_call(net, theta | buffers, (x,))
     for name, p in net.named_parameters():
         if names is not None and name not in names:
             continue
@@ -406,7 +405,7 @@ def _objective(
                 f"the {function or 'deployed'} loss is piecewise constant in {name!r}{more}: {reason}. Its Hessian is zero almost "
                 "everywhere, and what back-propagation through straight-through rules gives is the Hessian of no function. Ask for "
                 "function='smoothed' (jumps become tanh steps, sharpness k) or 'surrogate' (the backward rule's own function), or "
-                "use stein() or flips(), which differentiate nothing"
+                "use stein() or flip_pairs(), which differentiate nothing"
             )
     return J, (function or "deployed") if quantized else "the net"
 

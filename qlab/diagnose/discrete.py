@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from qlab.plots.figure import Figure
 
-__all__ = ["Flips", "Stein", "flips", "stein"]
+__all__ = ["FlipPairs", "Stein", "flip_pairs", "stein"]
 
 Floats = NDArray[np.float64]
 
@@ -136,7 +136,7 @@ def stein(
 
 
 @dataclass(frozen=True)
-class Flips(Result):
+class FlipPairs(Result):
     """Discrete first and second differences of the loss over signs of weights, of the net as it is.
 
     Attributes:
@@ -170,9 +170,9 @@ class Flips(Result):
 
     def figure(self) -> Figure:
         """Return the matrix of second differences."""
-        from qlab.plots.curvature import flips_figure
+        from qlab.plots.curvature import flip_pairs_figure
 
-        return flips_figure(self)
+        return flip_pairs_figure(self)
 
     def summary(self) -> str:
         """Return the figures in words."""
@@ -185,7 +185,7 @@ class Flips(Result):
         )
 
 
-def flips(
+def flip_pairs(
     net: nn.Module,
     x: Tensor,
     y: Tensor,
@@ -196,7 +196,7 @@ def flips(
     loss: str | Loss = "cross_entropy",
     beta: float = 1.0,
     seed: int = 0,
-) -> Flips:
+) -> FlipPairs:
     """Return c_ij = L(flip i, j) - L(flip i) - L(flip j) + L over the signs of some weights of one tensor.
 
     Args:
@@ -250,7 +250,7 @@ def flips(
     second = both - single[:, None] - single[None] + here
     second.fill_diagonal_(0)
     second += torch.diag(2 * (here - single))
-    return Flips(name, chosen.numpy(), _numpy(single - here), _numpy(second), here)
+    return FlipPairs(name, chosen.numpy(), _numpy(single - here), _numpy(second), here)
 
 
 def _numpy(t: Tensor) -> Floats:

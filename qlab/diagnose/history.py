@@ -33,11 +33,10 @@ from torch import Tensor
 from qlab.binary.bits import pack, words_for
 from qlab.errors import DataFileError, InputError, UnknownNameError
 
-__all__ = ["History", "Recorder", "Tracked"]
+__all__ = ["History", "Recorder", "Signs", "Tracked"]
 
 FORMAT = "qlab bit history 1"
 MEGABYTE = 2**20
-_NUMPY = (torch.float16, torch.float32, torch.float64)
 MAX_BYTES = 2**32  # of an unpacked file: more is a mistake or an attack
 
 
@@ -82,16 +81,6 @@ class Tracked:
         planes = (codes >> torch.arange(self.planes, device=flat.device)[:, None]) & 1
         minus: Any = -planes.cpu().numpy()
         return pack(minus).reshape(-1)
-
-    def encode_signs(self, latent: Tensor) -> NDArray[np.uint64]:
-        """Return what `encode` does for the signs of a latent tensor, sign(0) = +1, without making them: many times faster."""
-        w = latent.detach()
-        # numpy's operators on a CPU tensor cost a fraction of torch's, which matters once per step and tensor
-        bits = w.numpy() < 0 if w.device.type == "cpu" and w.dtype in _NUMPY else (w < 0).cpu().numpy()
-        packed = np.packbits(bits.reshape(-1), bitorder="little")
-        if len(packed) % 8:
-            packed = np.concatenate([packed, np.zeros(-len(packed) % 8, np.uint8)])
-        return packed.view("<u8").astype(np.uint64, copy=False)
 
     def codes(self, rows: NDArray[np.uint64]) -> NDArray[Any]:
         """Return the codes (T, size) of this tensor's words (T, W), as small unsigned integers."""
@@ -271,6 +260,40 @@ def _tracked(entry: Sequence[Any]) -> Tracked:
     return Tracked(str(name), tuple(int(k) for k in shape), tuple(float(v) for v in levels))
 
 
+class Signs:
+    """The words of latent tensors whose signs are deployed, sign(0) = +1, without making the signs.
+
+    Training leaves a millisecond or two for a step of a small net, so this is numpy on the tensors' own memory: one comparison
+    per tensor and one call of packbits. It is looked up again where an optimizer gave a parameter other memory.
+
+    Args:
+        tensors: what is recorded: two levels each.
+        latents: the latent tensors, on the CPU, float16, float32 or float64.
+    """
+
+    DTYPES = (torch.float16, torch.float32, torch.float64)
+
+    def __init__(self, tensors: Sequence[Tracked], latents: Sequence[Tensor]) -> None:
+        self.latents = latents
+        self._bits = np.zeros(64 * sum(t.words for t in tensors), bool)
+        starts = np.cumsum([0, *(64 * t.words for t in tensors)])
+        self._out = [self._bits[i : i + t.size].reshape(t.shape) for i, t in zip(starts, tensors, strict=False)]
+        self._look_up()
+
+    def _look_up(self) -> None:
+        self._addresses = [w.data_ptr() for w in self.latents]
+        self._views = [w.detach().numpy() for w in self.latents]  # views, contiguous or not
+
+    def __call__(self) -> NDArray[np.uint64]:
+        """Return the words of all tensors, in their order."""
+        for w, address in zip(self.latents, self._addresses, strict=True):
+            if w.data_ptr() != address:
+                self._look_up()
+        for view, out in zip(self._views, self._out, strict=True):
+            np.less(view, 0, out=out)
+        return np.packbits(self._bits, bitorder="little").view("<u8")
+
+
 class Recorder:
     """Gathers a `History` row by row.
 
@@ -294,14 +317,14 @@ class Recorder:
 
     def append(self, step: int, hard: Mapping[str, Tensor]) -> None:
         """Record the hard weights after `step` optimizer steps."""
-        self.append_words(step, [t.encode(hard[t.name]) for t in self.tensors])
+        self.append_words(step, np.concatenate([t.encode(hard[t.name]) for t in self.tensors]))
 
-    def append_words(self, step: int, words: Sequence[NDArray[np.uint64]]) -> None:
-        """Record the words of all tensors, in their order."""
+    def append_words(self, step: int, words: NDArray[np.uint64]) -> None:
+        """Record the words (W,) of all tensors, in their order."""
         n = len(self.steps)
         if n == len(self._words):
             self._words = np.concatenate([self._words, np.empty_like(self._words)])
-        np.concatenate(words, out=self._words[n])
+        self._words[n] = words
         self.steps.append(step)
         if 8 * (n + 1) * self.width > self.limit and n > 1:
             self._thin()

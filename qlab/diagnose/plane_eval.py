@@ -18,42 +18,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
 
-from qlab.diagnose.functions import Hard, Primitive, Smooth
+from qlab.diagnose.chain import CONTINUOUS, SAME_SHAPE, chain, latent_of, mapped, plain_map
 from qlab.diagnose.objective import LOSSES, Loss, cross_entropy
 from qlab.errors import InputError, UnknownNameError
-from qlab.quantizers import Sign, Uniform
 
 __all__ = ["Affine", "BatchNormMode", "Many", "Values"]
 
 BatchNormMode = Literal["frozen", "reestimated"]
 Stack = Mapping[str, Tensor]
-CACHE = (
-    1 << 22
-)  # bytes of one layer's outputs in a chunk of a chain: large enough to share among cores, small enough for caches
-
-_CONTINUOUS = (
-    nn.ReLU,
-    nn.ReLU6,
-    nn.LeakyReLU,
-    nn.Hardtanh,
-    nn.Tanh,
-    nn.Sigmoid,
-    nn.ELU,
-    nn.GELU,
-    nn.SiLU,
-    Primitive,
-    Smooth,
-)
-_NOTHING = (nn.Identity, nn.Dropout)  # in eval mode
-_SAME_SHAPE = (*_CONTINUOUS, *_NOTHING, Hard, Sign, Uniform)
+CACHE = 3 << 20
+"""Bytes of a layer's outputs in a chunk of a chain: enough to share among cores, little enough for their caches."""
 
 
 class Values(NamedTuple):
@@ -105,6 +85,8 @@ class Many:
             raise InputError(f"batches is {batches!r}; expected a whole number from 0 to the {len(x)} examples")
         self.net, self.x, self.y, self.batches = net, x, y, batches
         self.loss: Loss = LOSSES[loss] if isinstance(loss, str) else loss
+        self.columns = x.flatten(1).T.contiguous()
+        self._spaces: dict[object, Tensor] = {}
         self.tensors = {name: t.detach() for name, t in (*net.named_parameters(), *net.named_buffers())}
         if batch_norm == "reestimated" and len(x) < 2:
             raise InputError("re-estimating batch norm needs at least two examples; it was given one")
@@ -170,60 +152,70 @@ class Many:
     def _chained(self, stack: Stack, first: Tensor | None, begin: int) -> Tensor:
         """Return logits (K, d, N): features stand before examples, so that every product is one (O, I) x (I, N) per point."""
         assert self.steps is not None
-        h = self.x.flatten(1).T if first is None else first
+        h, own = (self.columns, False) if first is None else (first, True)
         i = begin
         while i < len(self.steps):
             name, module = self.steps[i]
-            if isinstance(module, nn.Linear):
-                norm = self._folded(i)
-                h = self._linear(name, module, h, stack, norm)
-                i += 2 if norm else 1
-                continue
-            if isinstance(module, _BatchNorm):
-                scale, shift = self._affine(name, module, stack)
-                h = torch.addcmul(shift[..., None], h, scale[..., None])
-            elif isinstance(module, nn.ReLU):
-                h = h.relu_() if i > 0 else h.relu()
-            elif not isinstance(module, _NOTHING):
-                h = _mapped(module, h)
             i += 1
+            if isinstance(module, nn.Linear):
+                norm = self._folded(i - 1)
+                h, own = self._linear(i, name, module, h, stack, norm), True
+                i += norm is not None
+            elif isinstance(module, _BatchNorm):
+                scale, shift = self._affine(name, module, stack)
+                out = h if own and scale.dim() < h.dim() else None
+                h, own = torch.addcmul(shift[..., None], h, scale[..., None], out=out), True
+            else:
+                h, own = mapped(module, h, own), True
         if h.dim() == 2:  # nothing that moves reaches the logits
             h = h.expand(len(next(iter(stack.values()))), *h.shape)
         return h
 
+    def space(self, key: object, k: int, *shape: int) -> Tensor:
+        """Return (K, *shape) to write to: kept between chunks, since fresh memory costs more than the arithmetic."""
+        if key not in self._spaces or self._spaces[key].shape[0] < k or self._spaces[key].shape[1:] != shape:
+            self._spaces[key] = self.x.new_empty(k, *shape)
+        return self._spaces[key][:k]
+
     def _folded(self, i: int) -> str | None:
         """Return the name of the batch norm after linear step i, where it may be folded into it."""
         assert self.steps is not None
-        rest = [m for _, m in self.steps[i + 1 :] if not isinstance(m, _NOTHING)]
-        if not rest or not isinstance(self.steps[i + 1][1], _BatchNorm):
+        after = [m for _, m in self.steps[i + 1 : i + 3]]
+        if not after or not isinstance(after[0], _BatchNorm):
             return None
-        return self.steps[i + 1][0] if len(rest) == 1 or isinstance(rest[1], (*_CONTINUOUS, nn.Linear)) else None
+        return self.steps[i + 1][0] if len(after) == 1 or isinstance(after[1], (*CONTINUOUS, nn.Linear)) else None
 
-    def _linear(self, name: str, module: nn.Linear, h: Tensor, stack: Stack, norm: str | None) -> Tensor:
+    def _linear(self, i: int, name: str, module: nn.Linear, h: Tensor, stack: Stack, norm: str | None) -> Tensor:
         w, c = self._tensor(name, module, "weight", stack), self._tensor(name, module, "bias", stack)
         assert w is not None
         if norm is not None:
             scale, shift = self._affine(norm, self.net.get_submodule(norm), stack)
             w = w * scale[..., None]
             c = shift if c is None else c * scale + shift
-        if h.dim() == 2 and w.dim() == 3:
-            z = (w.reshape(-1, w.shape[-1]) @ h).view(*w.shape[:2], -1)
-        elif h.dim() == 3 and w.dim() == 3:
-            return torch.bmm(w, h) if c is None else torch.baddbmm(c[..., None], w, h)
-        else:
-            z = w @ h
+        if w.dim() == 3:
+            k, o, _ = w.shape
+            z = self.space(i, k, o, h.shape[-1])
+            if h.dim() == 3 and c is not None:
+                return torch.baddbmm(c[..., None], w, h, out=z)
+            if h.dim() == 3:
+                return torch.bmm(w, h, out=z)
+            torch.mm(w.reshape(k * o, -1), h, out=z.view(k * o, -1))
+            return z if c is None else z.add_(c[..., None])
+        z = w @ h
         return z if c is None else z + c[..., None]
 
     def _tensor(self, name: str, module: nn.Module, which: str, stack: Stack) -> Tensor | None:
         """Return a layer's weight or bias as it computes with it: (K, *shape) where it moves, *shape where it does not."""
-        latent, steps = _latent(name, module, which)
+        latent, steps = latent_of(name, module, which)
         if latent not in stack:
             value: Tensor | None = getattr(module, which)
             return None if value is None else value.detach()
         value = stack[latent]
         for step in steps:
             value = (
-                _mapped(step, value) if isinstance(step, _SAME_SHAPE) and _plain(step) else torch.func.vmap(step)(value)
+                mapped(step, value)
+                if isinstance(step, SAME_SHAPE) and plain_map(step)
+                else torch.func.vmap(step)(value)
             )
         return value
 
@@ -298,8 +290,8 @@ class Affine:
             rows = c[i : i + many.chunk]
             first = None
             if self._first is not None:
-                flat = self._first.flatten(1)
-                first = (rows.to(flat) @ flat).view(len(rows), *self._first.shape[1:])
+                first = many.space("first", len(rows), *self._first.shape[1:])
+                torch.mm(rows.to(first), self._first.flatten(1), out=first.view(len(rows), -1))
             parts.append(many.values(self.stack(rows), first, self._begin))
         return joined(parts)
 
@@ -317,24 +309,20 @@ class Affine:
         """Return the step after the first layer and the layer's outputs (1 + M, O, N), where these are linear in what moves."""
         steps = self.many.steps
         assert steps is not None
-        begin = 0
-        while begin < len(steps) and isinstance(steps[begin][1], _NOTHING):
-            begin += 1
-        if begin == len(steps) or not isinstance(steps[begin][1], nn.Linear):
+        name, module = steps[0]
+        if not isinstance(module, nn.Linear):
             return 0, None
-        name, module = steps[begin]
-        (weight, chain_w), (bias, chain_b) = (_latent(name, module, which) for which in ("weight", "bias"))
+        (weight, chain_w), (bias, chain_b) = (latent_of(name, module, which) for which in ("weight", "bias"))
         if any(not isinstance(step, nn.Identity) for step in (*chain_w, *chain_b)) or weight not in self.basis:
             return 0, None
         if sum(m is module for _, m in steps) > 1:
             return 0, None
-        x = self.many.x.flatten(1).T
-        z = self.basis[weight] @ x
+        z = self.basis[weight] @ self.many.columns
         if bias in self.basis:
             z = z + self.basis[bias][..., None]
         elif isinstance(module.bias, Tensor):
             z[0] += module.bias.detach()[:, None]
-        norm = self.many._folded(begin)
+        norm = self.many._folded(0)
         if norm is not None:
             if any(moved.startswith(f"{norm}.") for moved in self.basis):
                 norm = None
@@ -346,88 +334,12 @@ class Affine:
         self._done = frozenset(
             {weight, bias} if left else {bias}
         )  # one tensor stays, to tell how many points there are
-        return begin + (2 if norm else 1), z
+        return (2 if norm else 1), z
 
 
 def joined(parts: Sequence[Values]) -> Values:
     """Return the values of chunks one after the other."""
     return Values(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
-
-def chain(net: nn.Module, x: Tensor) -> list[tuple[str, nn.Module]] | None:
-    """Return the layers of a net in the order they run, where each takes exactly what the one before gave; else None.
-
-    The net runs once under hooks: a layer's input must be the very tensor that the last layer returned, unchanged, or a
-    flattened view of it.
-    """
-    known = (nn.Linear, nn.BatchNorm1d, nn.Flatten, *_SAME_SHAPE)
-    ran: list[tuple[str, nn.Module, Tensor, Tensor, int, int]] = []
-
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            ran.append((name, module, inputs[0], output, inputs[0]._version, output._version))
-
-        return hook
-
-    handles = [
-        m.register_forward_hook(note(name))
-        for name, m in net.named_modules()
-        if isinstance(m, known) and ".parametrizations." not in f".{name}."
-    ]
-    try:
-        with torch.no_grad():
-            before = x._version
-            out = net(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not ran or any(isinstance(m, nn.Flatten) and m.start_dim != 1 for _, m, *_ in ran):
-        return None
-    if not all(_plain(m) for _, m, *_ in ran) or any(
-        isinstance(m, nn.BatchNorm1d) and m.running_var is None for _, m, *_ in ran
-    ):
-        return None
-    # The inputs' versions are read when a layer has run; a layer that works in place has raised its own.
-    links = [(x, before, ran[0][2], ran[0][4])] + [(a[3], a[5], b[2], b[4]) for a, b in pairwise(ran)]
-    for (given, version, taken, seen), (_, module, _, output, _, _) in zip(links, ran, strict=True):
-        in_place = output is taken
-        if not _same(given, taken) or (seen != version and not (in_place and seen == version + 1)):
-            return None
-        if isinstance(module, nn.Linear | nn.BatchNorm1d) and taken.dim() != 2:
-            return None
-    if out is not ran[-1][3] or out._version != ran[-1][5]:
-        return None
-    return [(name, module) for name, module, *_ in ran if not isinstance(module, nn.Flatten)]
-
-
-def _same(given: Tensor, taken: Tensor) -> bool:
-    return taken is given or (
-        taken.data_ptr() == given.data_ptr()
-        and taken.numel() == given.numel()
-        and given.is_contiguous()
-        and taken.is_contiguous()
-        and len(taken) == len(given)
-    )
-
-
-def _plain(module: nn.Module) -> bool:
-    """Whether a quantizer is one that is known to work element by element."""
-    return not isinstance(module, Hard) or isinstance(module.quantizer, Sign | Uniform)
-
-
-def _mapped(module: nn.Module, h: Tensor) -> Tensor:
-    quantizer = module.quantizer if isinstance(module, Hard) else module
-    if isinstance(quantizer, Sign):  # finite here, so without the pass that keeps NaN; adding 0 makes +0 of -0
-        return torch.copysign(h.new_ones(()), h + 0.0)
-    return module(h)
-
-
-def _latent(name: str, module: nn.Module, which: str) -> tuple[str, list[nn.Module]]:
-    """Return the name of the parameter behind a layer's tensor, and the maps between the two."""
-    prefix = f"{name}." if name else ""
-    if parametrize.is_parametrized(module, which):
-        return f"{prefix}parametrizations.{which}.original", list(module.parametrizations[which])  # type: ignore[index]
-    return f"{prefix}{which}", []
 
 
 def _estimating(net: nn.Module) -> nn.Module:

@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qlab.diagnose.functions import FunctionName
-from qlab.diagnose.landscape import Landscape, Span, Views, load_landscape
+from qlab.diagnose.landscape import Landscape, load_landscape
 from qlab.diagnose.objective import Loss
 from qlab.diagnose.plane_eval import BatchNormMode
+from qlab.diagnose.views import Span, Views
 from qlab.errors import InputError
 from qlab.jobs import Update
 
@@ -180,7 +181,7 @@ class _Grid:
                 between = (1 - u) * (1 - v) * c[0] + (1 - u) * v * c[1] + u * (1 - v) * c[2] + u * v * c[3]
                 box = arrays[key][..., i0 : i1 + 1, j0 : j1 + 1]
                 box[..., hidden] = between[..., hidden]
-        return self.views.landscape(arrays, self.known.copy())
+        return Landscape(**self.views.fields(arrays, self.known.copy()))
 
 
 def _boxes(i: NDArray[np.int64], j: NDArray[np.int64]) -> Cells:

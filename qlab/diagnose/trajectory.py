@@ -12,6 +12,7 @@ Source: Li et al. 2018, arXiv 1712.09913, section 7; Antognini and Sohl-Dickstei
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,13 +60,20 @@ class Trajectory(Result):
     directions: tuple[Direction, ...] = field(repr=False)
     weights: int = 0
 
-    def span(self, margin: float = 0.2) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Return ranges of a and b that hold the path, with a share of their length on each side; for `landscape`."""
+    def span(self, margin: float = 0.2, points: int = 51) -> tuple[tuple[float, float], tuple[float, float]]:
+        """Return ranges of a and b that hold the path, with a share of their length on each side; for `landscape`.
+
+        Args:
+            margin: the share.
+            points: a side of the lattice, of which one will be the last net itself, (0, 0).
+        """
         ranges = []
         for v in (self.a, self.b):
-            low, high = float(v.min()), float(v.max())
-            length = (high - low) or 1.0
-            ranges.append((low - margin * length, high + margin * length))
+            length = float(v.max() - v.min()) or 1.0
+            low, high = float(v.min()) - margin * length, float(v.max()) + margin * length
+            step = (high - low) / max(1, points - 2)
+            low = -math.ceil(-low / step) * step
+            ranges.append((low, low + (points - 1) * step))
         return ranges[0], ranges[1]
 
     def frame(self) -> pd.DataFrame:

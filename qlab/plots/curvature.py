@@ -11,9 +11,9 @@ from qlab.plots.training import COLOURS
 
 if TYPE_CHECKING:
     from qlab.diagnose.curvature import Curvature
-    from qlab.diagnose.discrete import Flips, Stein
+    from qlab.diagnose.discrete import FlipPairs, Stein
 
-__all__ = ["curvature_figure", "flips_figure", "stein_figure"]
+__all__ = ["curvature_figure", "flip_pairs_figure", "stein_figure"]
 
 FLOOR = 1e-7  # of the density: below it nothing is drawn
 
@@ -72,11 +72,11 @@ def stein_figure(found: Stein) -> Figure:
     return figure
 
 
-def flips_figure(found: Flips) -> Figure:
+def flip_pairs_figure(found: FlipPairs) -> Figure:
     """Draw the matrix of second differences; its diagonal, where two flips undo each other, is left out.
 
     Args:
-        found: as from `qlab.diagnose.discrete.flips`.
+        found: as from `qlab.diagnose.discrete.flip_pairs`.
     """
     figure = Figure(figsize=(5, 4), dpi=80, layout="constrained")
     axes = figure.subplots()
@@ -85,6 +85,10 @@ def flips_figure(found: Flips) -> Figure:
     limit = float(np.nanmax(np.abs(shown))) if len(shown) > 1 else 1.0
     image = axes.imshow(shown, cmap="PuOr", vmin=-(limit or 1.0), vmax=limit or 1.0)
     figure.colorbar(image, ax=axes, label="L(i, j) - L(i) - L(j) + L")
-    axes.set(title=f"pairs of flips in {found.name}", xlabel="weight j", ylabel="weight i")
+    layer = found.name.replace(".parametrizations", "").replace(".original", "")
+    at = range(0, len(shown), max(1, len(shown) // 6))
+    axes.set_xticks(at)
+    axes.set_yticks(at)
+    axes.set(title=f"pairs of flips, {layer}", xlabel="weight j", ylabel="weight i")
     figure.set_label(found.summary())
     return figure

@@ -37,6 +37,7 @@ def landscape_figure(land: Landscape, path: Trajectory | None = None) -> Figure:
 
 def _planes(land: Landscape, path: Trajectory | None) -> Figure:
     from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.patheffects import withStroke
 
     low, high, log = land.scale()
     count = len(land.functions)
@@ -55,14 +56,17 @@ def _planes(land: Landscape, path: Trajectory | None) -> Figure:
         if path is not None:
             axes.plot(path.a, path.b, color="white", lw=3)
             axes.plot(path.a, path.b, color="#D55E00", lw=1.5, marker="o", ms=2.5)
-            axes.annotate(
-                "start", (path.a[0], path.b[0]), color="white", fontsize=8, xytext=(4, 4), textcoords="offset points"
+            words = axes.annotate(
+                "start", (path.a[0], path.b[0]), fontsize=8, xytext=(4, 4), textcoords="offset points"
             )
+            words.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
         axes.plot([0], [0], "w*", mec="k", ms=9)
         axes.set_title(name + (f", k = {land.sharpness:g}" if name == "smoothed" else ""), fontsize=10)
         axes.set_xlabel(land.directions[0], fontsize=8)
     panels[0].set_ylabel(land.directions[-1], fontsize=8)
-    figure.colorbar(drawn, ax=list(panels), label="loss" + (" (log scale)" if log else ""), extend="max", shrink=0.9)
+    figure.colorbar(
+        drawn, ax=list(panels), label="loss" + (" (log scale)" if log else ""), extend="max", shrink=0.9, format="%.2g"
+    )
     figure.set_label(land.summary() + ("" if path is None else " " + path.summary()))
     return figure
 
@@ -135,6 +139,8 @@ def trajectory_figure(path: Trajectory) -> Figure:
     Args:
         path: as from `qlab.diagnose.trajectory.trajectory`.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure = Figure(figsize=(8, 3.4), dpi=80, layout="constrained")
     plane, bars = figure.subplots(1, 2)
     plane.plot(path.a, path.b, color="0.6", lw=1)
@@ -145,7 +151,7 @@ def trajectory_figure(path: Trajectory) -> Figure:
     plane.annotate(f"step {path.steps[-1]}", (0, 0), fontsize=8, xytext=(4, 4), textcoords="offset points")
     plane.margins(0.15)
     plane.set(xlabel="first component", ylabel="second component")
-    figure.colorbar(dots, ax=plane, label="step")
+    figure.colorbar(dots, ax=plane, label="step", ticks=MaxNLocator(6, integer=True))
     table = path.components()
     bars.bar(table["k"] - 0.2, 100 * table["explained"], 0.38, color=COLOURS[0], label="this path")
     bars.bar(table["k"] + 0.2, 100 * table["null"], 0.38, color="0.75", hatch="//", label="a random walk")

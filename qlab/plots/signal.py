@@ -37,7 +37,7 @@ def signal_figure(found: Signal) -> Figure:
     norms.set_yscale("log")
     norms.set_xticks(at, found.names, rotation=60, ha="right", fontsize=8)
     norms.set(title="gradient norm per layer", ylabel="median, quartiles")
-    norms.legend(frameon=False, fontsize=8)
+    norms.legend(frameon=False, fontsize=8, loc="lower left")
     bars = (("saturated", found.saturation, "//"), ("degenerate", found.degenerate, ".."), ("dead", found.dead, ""))
     for i, (name, shares, hatch) in enumerate(bars):
         units.bar(at + 0.27 * (i - 1), shares, 0.25, color=COLOURS[(1, 2, 5)[i]], hatch=hatch, label=name)
@@ -46,6 +46,7 @@ def signal_figure(found: Signal) -> Figure:
     units.legend(frameon=False, fontsize=8)
     wrong, zero = found.thresholds
     gaps.hist(found.gap, bins=30, color=COLOURS[0], alpha=0.6)
+    gaps.set_ylim(0, 1.45 * gaps.get_ylim()[1])  # room for the names of the lines
     for x, text in ((wrong, "wrong direction"), (zero, "zero")):
         if found.gap.max() > 0.5 * x:
             gaps.axvline(x, color=COLOURS[1], ls="--", lw=1)
@@ -79,7 +80,7 @@ def wake_figure(found: Wake) -> Figure:
         y = np.where(middle[:, layer] > 0, middle[:, layer], np.nan)
         norms.plot(found.betas, y, color=COLOURS[i], ls=("-", "--", "-.", ":")[i], label=found.names[layer])
     norms.set(title="gradient norm", xlabel="beta", ylabel="median over examples", xscale="log", yscale="log")
-    norms.legend(frameon=False, fontsize=8)
+    norms.legend(frameon=False, fontsize=8, loc="lower left")
     shares.plot(found.betas, found.lost[:, 0], color=COLOURS[1], label="input gradient exactly 0")
     shares.plot(found.betas, found.certain, color=COLOURS[0], ls="--", label="p_y exactly 1")
     shares.set(title="lost to rounding", xlabel="beta", ylabel="share of examples", xscale="log", ylim=(-0.03, 1.03))
@@ -132,8 +133,10 @@ def meanfield_figure(found: MeanField) -> Figure:
         if measured is not None:
             axes.plot(range(len(measured)), measured, "o", color=COLOURS[1], ms=4, label="measured")
         axes.set(title=title, xlabel="layer")
-        if title != "correlation c":
+        if title != "correlation c" and np.max(predicted) > 3 * np.min(predicted) > 0:
             axes.set_yscale("log")
+        elif title == "length q":
+            axes.set_ylim(0, 1.3 * float(np.max(predicted if measured is None else [*predicted, *measured])) or 1)
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.set_label(found.summary())
@@ -165,7 +168,7 @@ def vanishing_figure(found: Vanishing, beta: float, dtype: str) -> Figure:
     norms.set_yscale("log")
     norms.set_xticks(at, found.names, rotation=60, ha="right", fontsize=8)
     norms.set(title=f"gradient norm at beta {found.betas[i]:.3g}, {dtype}", ylabel="median, quartiles")
-    norms.legend(frameon=False, fontsize=8)
+    norms.legend(frameon=False, fontsize=8, loc="lower left")
     s = found.layers
     bars = (("saturated", s.saturation, "//"), ("degenerate", s.degenerate, ".."), ("dead", s.dead, ""))
     for j, (name, shares, hatch) in enumerate(bars):
@@ -207,7 +210,11 @@ def _norms(
     """Draw medians and quartiles of norms (L, N); layers without any gradient get no point, but a cross at the axis."""
     low, middle, high = (np.where(q > 0, q, np.nan) for q in np.quantile(norms, [0.25, 0.5, 0.75], axis=1))
     axes.plot(at, middle, color=colour, marker=mark, ls=dash, ms=4, label=label)
-    axes.fill_between(at, low, high, color=colour, alpha=0.15, lw=0)
+    if np.isfinite(high).any():
+        # A lower quartile of 0 has no place on a log axis: the band goes down to the smallest norm there is.
+        axes.fill_between(
+            at, np.where(np.isfinite(low), low, norms[norms > 0].min()), high, color=colour, alpha=0.15, lw=0
+        )
     gone = at[~np.isfinite(middle)]
     if gone.size:
         axes.plot(gone, np.zeros(gone.size), "x", color=colour, transform=axes.get_xaxis_transform(), clip_on=False)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlab.diagnose.curvature import Hessian, constant_weights, curvature, curving
-from qlab.diagnose.discrete import flips, stein
+from qlab.diagnose.discrete import flip_pairs, stein
 from qlab.errors import InputError, UnknownNameError
 from qlab.quantizers import Sign, Uniform, quantize
 
@@ -259,7 +259,7 @@ def test_discrete_curvature_of_a_quadratic_is_4_b_i_b_j_A_ij() -> None:
     A = A + A.T
     c = torch.randn(6, generator=g, dtype=torch.float64)
     b = torch.tensor([1.0, -1, -1, 1, 1, -1], dtype=torch.float64)
-    found = flips(Weights(b.clone()).eval(), *ONE, "w", range(6), loss=quadratic(A, c))  # type: ignore[arg-type]
+    found = flip_pairs(Weights(b.clone()).eval(), *ONE, "w", range(6), loss=quadratic(A, c))  # type: ignore[arg-type]
     expected = 4 * torch.outer(b, b) * A
     off = ~np.eye(6, dtype=bool)
     assert np.allclose(found.second[off], expected.numpy()[off], atol=1e-12)
@@ -270,7 +270,7 @@ def test_discrete_curvature_of_a_quadratic_is_4_b_i_b_j_A_ij() -> None:
 def test_flips_of_a_binary_net_are_differences_of_its_own_losses() -> None:
     x, y = data()
     net = binary(True, True)
-    found = flips(net, x, y, "0", count=4, seed=3)
+    found = flip_pairs(net, x, y, "0", count=4, seed=3)
     latent = net[0].parametrizations.weight.original  # type: ignore[index]
 
     def loss(*which: int) -> float:
@@ -330,8 +330,8 @@ def test_nets_and_arguments_that_make_no_sense_are_refused() -> None:
     with pytest.raises(InputError, match="negative"):
         curvature(made(), x, y, probes=-1)
     with pytest.raises(InputError, match="distinct"):
-        flips(made(), x, y, "0.weight", [1, 1])
+        flip_pairs(made(), x, y, "0.weight", [1, 1])
     with pytest.raises(UnknownNameError):
-        flips(made(), x, y, "nobody")
+        flip_pairs(made(), x, y, "nobody")
     with pytest.raises(InputError, match="s must be"):
         stein(made(), x, y, {"0.weight": torch.zeros(1, 5, 4, dtype=torch.float64)}, s=0)

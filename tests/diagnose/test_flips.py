@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from qlab.diagnose.course import course
 from qlab.diagnose.flips import flips, scrub
-from qlab.diagnose.history import History, Recorder, Tracked
+from qlab.diagnose.history import History, Recorder, Signs, Tracked
 from qlab.diagnose.which_flip import tracing, which_flip
 from qlab.errors import DataFileError, InputError, UnknownNameError
 from qlab.quantizers import Sign, Uniform, harden, quantize
@@ -63,6 +63,27 @@ def test_a_bit_is_one_for_minus_one_and_takes_one_bit() -> None:
     assert recorder.history().words.tolist() == [[0, 2]]
     ten_thousand = Tracked("w", (100, 100), SIGNS)
     assert 5000 * 8 * ten_thousand.words < 6.3e6
+
+
+def test_signs_are_read_off_latent_tensors_wherever_their_memory_is() -> None:
+    g = torch.Generator().manual_seed(0)
+    tensors = [Tracked("a", (5, 13), SIGNS), Tracked("b", (64,), SIGNS), Tracked("c", (3, 3), SIGNS)]
+    latents = [torch.randn(t.shape, generator=g) for t in tensors]
+    latents[0][0, 0], latents[0][0, 1] = 0.0, -0.0
+    signs = Signs(tensors, latents)
+
+    def expected() -> list[int]:
+        hard = [torch.where(w >= 0, 1.0, -1.0) for w in latents]
+        return np.concatenate([t.encode(h) for t, h in zip(tensors, hard, strict=True)]).tolist()
+
+    assert signs().tolist() == expected()
+    latents[1].mul_(-1)
+    assert signs().tolist() == expected()
+    latents[0].data = torch.randn(5, 13, generator=g)
+    latents[2].data = torch.randn(3, 3, generator=g).T  # not contiguous
+    assert signs().tolist() == expected()
+    latents[2].mul_(-1)
+    assert signs().tolist() == expected()
 
 
 def test_steps_between_two_records_show_the_earlier_one() -> None:

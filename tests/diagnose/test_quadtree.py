@@ -121,7 +121,7 @@ def test_a_run_that_was_cut_off_ends_as_one_that_was_not(tmp_path: Any) -> None:
 
 
 def test_what_is_in_the_file_is_not_evaluated_again(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qlab.diagnose.landscape import Views
+    from qlab.diagnose.views import Views
 
     file = tmp_path / "land.npz"
     list(landscaping(**problem(), file=file))

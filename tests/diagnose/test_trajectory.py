@@ -44,6 +44,10 @@ def test_the_landscape_of_the_plane_holds_the_path(tmp_path: Any) -> None:
     (low, high), (bottom, top) = path.span()
     assert low < path.a.min() <= path.a.max() < high
     assert bottom < path.b.min() <= path.b.max() < top
+    for points in (5, 8, 51):
+        for v, (first, last) in zip((path.a, path.b), path.span(points=points), strict=True):
+            assert first < v.min() <= v.max() < last
+            assert np.abs(np.linspace(first, last, points)).min() < 1e-9 * (last - first)  # the last net is a point
     net = nets()[-1]
     land = landscape(net, x, y, *path.directions, span=((low, high), (bottom, top)), points=5)
     with torch.no_grad():

@@ -140,7 +140,7 @@ def test_a_path_gives_plane_and_span() -> None:
     view = LandscapeExplorer(nets[-1], *batch(30), path=path, points=5)
     view.refine(wait=True)
     assert view.landscape is not None
-    np.testing.assert_allclose([view.landscape.a[0], view.landscape.a[-1]], path.span()[0])
+    np.testing.assert_allclose([view.landscape.a[0], view.landscape.a[-1]], path.span(points=5)[0])
     np.testing.assert_allclose(np.frombuffer(view.path["a"], "<f4"), path.a, rtol=1e-6)
     assert "first principal component" in view.landscape.directions[0]
 
