@@ -320,3 +320,30 @@ def test_what_makes_no_landscape_is_refused() -> None:
     training = copy.deepcopy(net).train()
     with pytest.raises(InputError, match="training mode"):
         landscape(training, x, y, d)
+
+
+@pytest.mark.parametrize("first", [nn.ReLU(), nn.Dropout(), nn.Identity()])
+def test_inputs_and_weights_are_left_as_they_were(first: nn.Module) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = (
+            nn.Sequential(nn.Identity(), first, nn.Linear(64, 8), nn.ReLU(inplace=True), nn.Linear(8, 10))
+            .double()
+            .eval()
+        )
+    x, y = batch(30)
+    x = x - 0.3
+    kept = [t.clone() for t in (x, *net.parameters())]
+    land = landscape(net, x, y, *plane(net), points=3)
+    assert all(torch.equal(a, b) for a, b in zip(kept, (x, *net.parameters()), strict=True))
+    assert Many(net, x, y).way == "chain"
+    loss, _ = by_hand(net, plane(net), torch.cartesian_prod(*[torch.from_numpy(land.a)] * 2), x, y)
+    np.testing.assert_allclose(land.loss["deployed"].ravel(), loss, rtol=1e-10)
+
+
+def test_a_chain_is_asked_for_only_where_there_is_one() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = Residual().double().eval()
+    with pytest.raises(InputError, match="no chain"):
+        Many(net, *batch(10), way="chain")

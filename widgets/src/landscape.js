@@ -130,9 +130,14 @@ class View {
 
   slide() {
     const [low, high] = this.model.get("settings").range;
-    const k = low * (high / low) ** Number(this.slider.value);
+    const k = Math.min(high, Math.max(low, Number((low * (high / low) ** Number(this.slider.value)).toPrecision(3))));
+    this.showSharpness(k);
+    this.send({ type: "smooth", sharpness: k });
+  }
+
+  showSharpness(k) {
     this.k.textContent = `k = ${read(k)}`;
-    this.send({ type: "smooth", sharpness: Number(k.toPrecision(4)) });
+    this.slider.setAttribute("aria-valuetext", this.k.textContent);
   }
 
   point(i, j) {
@@ -145,9 +150,11 @@ class View {
   drawSettings() {
     const { range, sharpness, smooth, functions, modes, batch_norm: mode } = this.model.get("settings");
     this.sliderField.parentElement.hidden = !smooth;
-    if (this.slider !== document.activeElement) this.slider.value = Math.log(sharpness / range[0]) / Math.log(range[1] / range[0]);
-    this.k.textContent = `k = ${read(sharpness)}`;
-    this.slider.setAttribute("aria-valuetext", `k = ${read(sharpness)}`);
+    if (this.slider !== document.activeElement) {
+      // while it is being moved, what Python echoes is already old
+      this.slider.value = Math.log(sharpness / range[0]) / Math.log(range[1] / range[0]);
+      this.showSharpness(sharpness);
+    }
     this.normField.hidden = modes.length === 0;
     this.norms.replaceChildren(...modes.map((name) => h("option", { value: name, text: name === "frozen" ? "frozen" : "re-estimated at every point" })));
     this.norms.value = mode;
