@@ -32,8 +32,12 @@ __all__ = ["Affine", "BatchNormMode", "Many", "Values"]
 
 BatchNormMode = Literal["frozen", "reestimated"]
 Stack = Mapping[str, Tensor]
-CACHE = 3 << 20
+CACHE = 4 << 20
 """Bytes of a layer's outputs in a chunk of a chain: enough to share among cores, little enough for their caches."""
+
+
+BLOCK = 1 << 19
+"""Numbers of moved tensors that are put together at once: a call of torch for each chunk and tensor would cost as much as the work."""
 
 
 class Values(NamedTuple):
@@ -61,6 +65,7 @@ class Many:
         batch_norm: "frozen" keeps the running statistics (or moves them, where they are among the tensors); "reestimated" sets
             them, for every value, to those of the batch, as `qlab.quantizers.reestimate_batch_norm` would.
         batches: mini-batches of the noise; 0 or 1 for none.
+        accuracy: whether it is wanted too; NaN where not.
         way: "chain", "vmap" or "loop"; by default the fastest that the net allows.
 
     Raises:
@@ -75,6 +80,7 @@ class Many:
         loss: str | Loss = "cross_entropy",
         batch_norm: BatchNormMode = "frozen",
         batches: int = 0,
+        accuracy: bool = True,
         way: Literal["chain", "vmap", "loop"] | None = None,
     ) -> None:
         if isinstance(loss, str) and loss not in LOSSES:
@@ -83,7 +89,7 @@ class Many:
             raise InputError(f"batch_norm is {batch_norm!r}; expected 'frozen' or 'reestimated'")
         if not isinstance(batches, int) or isinstance(batches, bool) or not 0 <= batches <= len(x):
             raise InputError(f"batches is {batches!r}; expected a whole number from 0 to the {len(x)} examples")
-        self.net, self.x, self.y, self.batches = net, x, y, batches
+        self.net, self.x, self.y, self.batches, self.accuracy = net, x, y, batches, accuracy
         self.loss: Loss = LOSSES[loss] if isinstance(loss, str) else loss
         self.columns = x.flatten(1).T.contiguous()
         self._spaces: dict[object, Tensor] = {}
@@ -240,9 +246,6 @@ class Many:
         """Return the values of logits (K, d, N)."""
         k, _, n = z.shape
         at = self.y.expand(k, 1, n)
-        own = z.gather(1, at)[:, 0]
-        # as argmax, which counts the first of equal logits, and several times as fast
-        right = (own == z.amax(1)) & (own > (z + self._earlier).amax(1))
         if self.loss is cross_entropy:
             each = -z.log_softmax(1).gather(1, at)[:, 0]
         else:
@@ -250,7 +253,13 @@ class Many:
         noise = each.new_full((k,), float("nan"))
         if self.batches > 1:
             noise = torch.stack([part.mean(1) for part in each.tensor_split(self.batches, 1)]).std(0)
-        return Values(each.mean(1).double(), right.double().mean(1), noise.double())
+        loss = each.mean(1).double()
+        if not self.accuracy:
+            return Values(loss, torch.full_like(loss, float("nan")), noise.double())
+        own = z.gather(1, at)[:, 0]
+        # as argmax, which counts the first of equal logits, and several times as fast
+        right = (own == z.amax(1)) & (own > (z + self._earlier).amax(1))
+        return Values(loss, right.double().mean(1), noise.double())
 
 
 class Affine:
@@ -286,22 +295,17 @@ class Affine:
             one = many.values({some: many.tensors[some][None]})
             return Values(*(v.expand(len(c)).clone() for v in one))
         parts = []
-        for i in range(0, len(c), many.chunk):
-            rows = c[i : i + many.chunk]
-            first = None
-            if self._first is not None:
-                first = many.space("first", len(rows), *self._first.shape[1:])
-                torch.mm(rows.to(first), self._first.flatten(1), out=first.view(len(rows), -1))
-            parts.append(many.values(self.stack(rows), first, self._begin))
+        moving = {name: b for name, b in self.basis.items() if name not in self._done}
+        for rows in c.split(max(many.chunk, BLOCK // max(1, sum(b[0].numel() for b in moving.values())))):
+            stack = {name: (rows.to(b) @ b.flatten(1)).view(len(rows), *b.shape[1:]) for name, b in moving.items()}
+            for i in range(0, len(rows), many.chunk):
+                here = rows[i : i + many.chunk]
+                first = None
+                if self._first is not None:
+                    first = many.space("first", len(here), *self._first.shape[1:])
+                    torch.mm(here.to(first), self._first.flatten(1), out=first.view(len(here), -1))
+                parts.append(many.values({n: t[i : i + many.chunk] for n, t in stack.items()}, first, self._begin))
         return joined(parts)
-
-    def stack(self, rows: Tensor) -> dict[str, Tensor]:
-        """Return the tensors (K, *shape) at rows (K, 1 + M) of coefficients, the first of which is 1."""
-        return {
-            name: (rows.to(b) @ b.flatten(1)).view(len(rows), *b.shape[1:])
-            for name, b in self.basis.items()
-            if name not in self._done
-        }
 
     _done: frozenset[str] = frozenset()  # tensors that the linear start has used up
 

@@ -38,7 +38,7 @@ Check = Callable[[Exam], Iterator[Finding]]
 ALMOST_ALL = 0.99
 COORDINATES = 48
 LAYERS_COMPARED = 8
-STE, TOUR = "01_straight_through", "00_tour"
+TOUR, MISMATCH, VANISHING = "00_tour", "07_gradient_mismatch", "09_vanishing_gradients"
 
 
 def nan_weights(exam: Exam) -> Iterator[Finding]:
@@ -181,7 +181,7 @@ def saturated_signs(exam: Exam) -> Iterator[Finding]:
                 f"At {share:.1%} of the inputs of {record.name} the backward rule is zero (rms {_rms(record.input):.3g}), so that "
                 "almost no gradient passes.",
                 "surrogate" if quantizer else exam.function,
-                STE,
+                VANISHING,
                 "Put batch norm before it or shrink the layer before it; or take a surrogate that reaches further.",
                 share,
             )
@@ -196,7 +196,7 @@ def saturated_signs(exam: Exam) -> Iterator[Finding]:
                     f"At {share:.1%} of the latent weights of {t.name} the backward rule is zero (rms {_rms(t.latent):.3g}): they "
                     "cannot move any more.",
                     "surrogate",
-                    STE,
+                    VANISHING,
                     "Clamp latent weights to the reach of the surrogate after every step, or take the identity surrogate.",
                     share,
                 )
@@ -231,7 +231,7 @@ def zero_gradients(exam: Exam) -> Iterator[Finding]:
         f"The weight gradient is exactly zero in {len(blocked)} of {total} layers, the last of them {last}, at loss "
         f"{exam.loss:.3g}." + (f" {places[0]}." if places else ""),
         exam.honest,
-        STE,
+        VANISHING,
         "Give what stands after it a backward rule: qlab.quantizers.Sign instead of torch.sign or a detached tensor.",
         len(blocked) / total,
     )
@@ -249,7 +249,7 @@ def softmax_underflow(exam: Exam) -> Iterator[Finding]:
             f"p_y == 1 in {str(exam.logits.dtype).removeprefix('torch.')} for {share:.1%} of the examples: their gradient is "
             f"exactly zero. The median gap between the two largest logits is {float((gap[:, 0] - gap[:, 1]).median()):.3g}.",
             exam.honest,
-            STE,
+            VANISHING,
             "Divide the logits by sqrt(fan-in) of the last layer or by a learned scale; for attacks use a margin loss or a "
             "temperature.",
             share,
@@ -339,7 +339,7 @@ def gradient_mismatch(exam: Exam) -> Iterator[Finding]:
                 f"In {layer} the cosine of the back-propagated gradient with exact differences of {COORDINATES} weights is "
                 f"{cosine:.2f}" + (": it points the wrong way." if wrong else "."),
                 "surrogate",
-                STE,
+                MISMATCH,
                 "Try another surrogate, or more levels of the activations, which help more than a nicer surrogate (Kim et al., "
                 "arXiv 2002.06517).",
                 (1 - cosine) / 2,
