@@ -3,8 +3,8 @@
     qlab bench landscape
 
 Both evaluate the same points at the same directions in one process on two threads: those that
-`loss_landscapes.planar_interpolation` visits on its way. It gives the loss alone, so accuracy is not asked of qlab. The exact line, for
-which there is no peer, is set against the package evaluating as many points.
+`loss_landscapes.planar_interpolation` visits on its way. It gives the loss alone, so accuracy is not asked
+of qlab. The exact line, for which there is no peer, is set against the package evaluating as many points.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ CACHE = 4 << 20
 
 
 BLOCK = 1 << 19
-"""Numbers of moved tensors that are put together at once: a call of torch for each chunk and tensor would cost as much as the work."""
+"""Numbers of moved tensors that are put together at once: a call of torch for each chunk would cost as much as the work."""
 
 
 class Values(NamedTuple):
