@@ -75,7 +75,7 @@ class Batches:
 def step(net: str, shape: tuple[int, ...], batch: Batch, steps: int, block: int, probes: Probes) -> Callable[[], float]:
     """Return what gives the mean seconds of a step, such that work of other programs on the machine counts little.
 
-    The median over blocks of steps; a probe of the gradient happens once, in the last step, and is shared over the steps between
+    The median over blocks of steps, each with a row of the anneal log; a probe of the gradient happens once, in the last step, and is shared over the steps between
     two probes.
     """
 
@@ -122,8 +122,8 @@ def comparisons() -> Iterator[Comparison]:
     for name, probes in EACH.items():
         yield Comparison(
             f"{name}, step of an mlp for digits, batch {BATCH}",
-            step("mlp", SMALL, small, 300, 10, probes),
-            step("mlp", SMALL, small, 300, 10, nothing),
+            step("mlp", SMALL, small, 300, 25, probes),
+            step("mlp", SMALL, small, 300, 25, nothing),
             "without",
             GOAL,
             rounds=9,

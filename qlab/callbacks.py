@@ -200,7 +200,7 @@ class MismatchProbe(pl.Callback):
         InputError: for a number that is not positive.
     """
 
-    def __init__(self, every: int = 200, weights: int = 48, examples: int = 16, seed: int = 0) -> None:
+    def __init__(self, every: int = 300, weights: int = 48, examples: int = 16, seed: int = 0) -> None:
         for name, value in (("every", every), ("weights", weights), ("examples", examples)):
             _positive(name, value)
         self.every, self.weights, self.examples, self.seed = every, weights, examples, seed
@@ -253,7 +253,7 @@ class AnnealLog(pl.Callback):
         InputError: for a distance that is not positive.
     """
 
-    def __init__(self, every: int = 10) -> None:
+    def __init__(self, every: int = 25) -> None:
         _positive("every", every)
         self.every = every
         self._last = -1
