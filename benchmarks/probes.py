@@ -75,8 +75,8 @@ class Batches:
 def step(net: str, shape: tuple[int, ...], batch: Batch, steps: int, block: int, probes: Probes) -> Callable[[], float]:
     """Return what gives the mean seconds of a step, such that work of other programs on the machine counts little.
 
-    The median over blocks of steps, each with a row of the anneal log; a probe of the gradient happens once, in the last step, and is shared over the steps between
-    two probes.
+    The median over blocks of steps, each with a row of the anneal log; a probe of the gradient happens once, in the last step, and
+    is shared over the steps between two probes.
     """
 
     def seconds() -> float:
