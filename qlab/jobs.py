@@ -26,7 +26,7 @@ from typing import Any, Literal, TypeVar
 
 from qlab.errors import InputError
 
-__all__ = ["Cancelled", "Job", "Latest", "Status", "Update", "background"]
+__all__ = ["Cancelled", "Job", "Latest", "Status", "Update", "background", "last"]
 
 T = TypeVar("T")
 
@@ -276,3 +276,21 @@ def background(call: Callable[[], T], text: str = "", *, heartbeat: float = 0.05
         if error is not None:
             raise error
         return value  # type: ignore[return-value]  # no error, so the value is a T
+
+
+def last(updates: Iterable[Update], kind: type[T]) -> T:
+    """Run work to its end here and now, and return the last value it yielded.
+
+    Args:
+        updates: as a generator gives them.
+        kind: what the value is.
+
+    Raises:
+        RuntimeError: it yielded no such value, which is a bug in the work.
+    """
+    value: Any = None
+    for update in updates:
+        value = value if update.value is None else update.value
+    if not isinstance(value, kind):
+        raise RuntimeError(f"the work ended with {type(value).__name__}, not {kind.__name__}")
+    return value

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from qlab.errors import InputError
-from qlab.jobs import Cancelled, Job, Latest, Update, background
+from qlab.jobs import Cancelled, Job, Latest, Update, background, last
 
 LONG = 30.0  # seconds a test waits before it calls a thread stuck; nothing is expected to take that long
 
@@ -242,3 +242,9 @@ def test_cancel_is_noticed_during_a_blocking_background_call() -> None:
     assert not gate.is_set()
     assert job.status == "cancelled"
     gate.set()
+
+
+def test_last_runs_work_to_its_end_and_says_where_it_gave_nothing() -> None:
+    assert last(iter([Update(0.1, "", 3), Update(0.5), Update(1.0, "", 4), Update(1.0)]), int) == 4
+    with pytest.raises(RuntimeError, match="ended with NoneType, not int"):
+        last(iter([Update(1.0)]), int)

@@ -22,7 +22,7 @@ from torch import Tensor
 from qlab import provenance
 from qlab.binary.packed import PackedNet, check_batch, present
 from qlab.errors import InputError
-from qlab.jobs import Update
+from qlab.jobs import Update, last
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -139,7 +139,7 @@ def cost(
         InputError: a wrong batch or number of rounds.
         QlabError: a backend that there is not, or not here.
     """
-    return _last(costing(packed, x, backends, rounds, seconds))
+    return last(costing(packed, x, backends, rounds, seconds), Cost)
 
 
 def costing(
@@ -316,7 +316,7 @@ def crossover(
     Raises:
         InputError: sizes, kinds, rounds or seconds out of range.
     """
-    return _last(crossing(sizes, kinds, rounds, seconds))
+    return last(crossing(sizes, kinds, rounds, seconds), Crossover)
 
 
 def crossing(
@@ -405,10 +405,3 @@ def _seconds(run: Timed, number: int = 1) -> float:
     for _ in range(number):
         run()
     return (time.perf_counter() - start) / number
-
-
-def _last(updates: Iterator[Update]) -> Any:
-    value = None
-    for update in updates:
-        value = value if update.value is None else update.value
-    return value

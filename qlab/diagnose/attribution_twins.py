@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from qlab.diagnose.attribution import Attributions, attributing
 from qlab.diagnose.base import Result
 from qlab.diagnose.guard import spearman
-from qlab.jobs import Update
+from qlab.jobs import Update, last
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -143,5 +143,4 @@ def twins(float_net: nn.Module, quantized_net: nn.Module, x: Tensor, target: int
     Raises:
         InputError, UnknownNameError: as `attribute`.
     """
-    *_, last = twinning(float_net, quantized_net, x, target, **settings)
-    return last.value
+    return last(twinning(float_net, quantized_net, x, target, **settings), Twins)

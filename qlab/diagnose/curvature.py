@@ -38,7 +38,7 @@ from qlab.diagnose.functions import FUNCTIONS, FunctionName, variant
 from qlab.diagnose.lanczos import block_lanczos, density, lanczos, quadrature, width
 from qlab.diagnose.objective import Loss, Objective
 from qlab.errors import InputError, UnknownNameError
-from qlab.jobs import Update
+from qlab.jobs import Update, last
 from qlab.quantizers.apply import quantized_tensors, quantizers
 
 if TYPE_CHECKING:
@@ -292,14 +292,10 @@ def curvature(
         InputError: a function that is piecewise constant in the weights; a loss or Hessian that is not finite; see also `check`.
         UnknownNameError: no such function, loss or parameter.
     """
-    last: Curvature | None = None
-    for update in curving(
+    return last(curving(
         net, x, y, function, top, loss=loss, beta=beta, names=names, k=k, probes=probes, runs=runs, steps=steps,
         sigma2=sigma2, rho=rho, tolerance=tolerance, iterations=iterations, seed=seed,
-    ):  # fmt: skip
-        last = update.value
-    assert last is not None
-    return last
+    ), Curvature)  # fmt: skip
 
 
 def curving(

@@ -39,7 +39,7 @@ from qlab.diagnose.behind import Behind, Uncut
 from qlab.diagnose.functions import variant
 from qlab.diagnose.objective import Loss, Objective
 from qlab.errors import InputError, UnknownNameError
-from qlab.jobs import Update
+from qlab.jobs import Update, last
 from qlab.quantizers import harden
 
 if TYPE_CHECKING:
@@ -159,11 +159,7 @@ def flip_oracle(
         UnknownNameError: no such layer.
         InputError: weights of that layer are no bits; an index out of range; and what `check` says.
     """
-    value = None
-    for update in flipping(net, x, y, layer, loss=loss, beta=beta, index=index):
-        value = value if update.value is None else update.value
-    assert isinstance(value, FlipOracle)
-    return value
+    return last(flipping(net, x, y, layer, loss=loss, beta=beta, index=index), FlipOracle)
 
 
 def flipping(

@@ -40,7 +40,7 @@ from qlab.diagnose.objective import Loss, Objective
 from qlab.diagnose.saturation import LayerState, layer_states
 from qlab.diagnose.smoothing import perturbed_losses, rms, smoothed_gradient, subset
 from qlab.errors import InputError, UnknownNameError
-from qlab.jobs import Update
+from qlab.jobs import Update, last
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -181,14 +181,10 @@ def mismatch(
         UnknownNameError: no such layer or reference.
         InputError: nothing to compare, a width or number that is not positive; and what `check` says.
     """
-    value = None
-    for update in mismatching(
+    return last(mismatching(
         net, x, y, layers, references, of=of, loss=loss, beta=beta, eps=eps, s=s, pairs=pairs,
         coordinates=coordinates, seed=seed,
-    ):  # fmt: skip
-        value = value if update.value is None else update.value
-    assert isinstance(value, Mismatch)
-    return value
+    ), Mismatch)  # fmt: skip
 
 
 def mismatching(

@@ -36,7 +36,7 @@ from qlab.diagnose.agreement import weight_names
 from qlab.diagnose.base import Result
 from qlab.diagnose.objective import Loss, Objective
 from qlab.errors import InputError, UnknownNameError
-from qlab.jobs import Update
+from qlab.jobs import Update, last
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -150,13 +150,10 @@ def circulation(
         UnknownNameError: no such layer.
         InputError: numbers out of range; and what `check` says.
     """
-    value = None
-    for update in circulating(
-        net, x, y, spaces, loops=loops, points=points, radius=radius, loss=loss, beta=beta, seed=seed
-    ):
-        value = value if update.value is None else update.value
-    assert isinstance(value, Circulation)
-    return value
+    return last(
+        circulating(net, x, y, spaces, loops=loops, points=points, radius=radius, loss=loss, beta=beta, seed=seed),
+        Circulation,
+    )
 
 
 def circulating(

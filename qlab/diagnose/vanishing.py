@@ -27,7 +27,7 @@ from qlab.diagnose.jacobian import Jacobian, jacobian
 from qlab.diagnose.meanfield import predicted_gradients
 from qlab.diagnose.signal import Signal, Thresholds, Wake, signal, smooth_activations, thresholds, wake
 from qlab.errors import InputError, UnknownNameError
-from qlab.jobs import Update
+from qlab.jobs import Update, last
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -207,11 +207,7 @@ def vanishing(
         UnknownNameError: no such dtype.
         InputError: see `qlab.diagnose.signal.wake`.
     """
-    last: Vanishing | None = None
-    for update in vanishings(net, x, y, betas=betas, dtypes=dtypes, batch=batch, k=k, images=images):
-        last = update.value
-    assert last is not None
-    return last
+    return last(vanishings(net, x, y, betas=betas, dtypes=dtypes, batch=batch, k=k, images=images), Vanishing)
 
 
 def vanishings(

@@ -31,7 +31,7 @@ from qlab.diagnose.base import Result, check
 from qlab.diagnose.flips import flips, interval, places, scrub
 from qlab.diagnose.history import History
 from qlab.errors import InputError
-from qlab.jobs import Update
+from qlab.jobs import Update, last
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -154,11 +154,7 @@ def which_flip(history: History, net: nn.Module, x: Tensor, step_a: int, step_b:
         InputError: for more than one example, steps that were not recorded, more than 20,000 flips in the interval, another
             net, or what `check` refuses.
     """
-    result = None
-    for update in tracing(history, net, x, step_a, step_b):
-        result = update.value
-    assert isinstance(result, WhichFlip)
-    return result
+    return last(tracing(history, net, x, step_a, step_b), WhichFlip)
 
 
 def tracing(history: History, net: nn.Module, x: Tensor, step_a: int, step_b: int) -> Iterator[Update]:
