@@ -13,17 +13,14 @@ ablation first and one method more at a time; what a stopped one has found stays
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import pathlib
 import threading
 from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import anywidget
 import traitlets
-from qlab.widgets.settings import parse_json
+from qlab.widgets.view import View
 
 from qlab.errors import InputError
 from qlab.jobs import Job, Latest, Update
@@ -44,7 +41,7 @@ _MOST = 64  # examples of a batch
 _READY = "Ready."
 
 
-class AttributionGuard(anywidget.AnyWidget):
+class AttributionGuard(View):
     """Attribution maps of two nets, guarded.
 
     Args:
@@ -69,8 +66,6 @@ class AttributionGuard(anywidget.AnyWidget):
     choices = traitlets.Dict().tag(sync=True)
     picture = traitlets.Dict().tag(sync=True)
     maps = traitlets.Dict().tag(sync=True)
-    status = traitlets.Dict().tag(sync=True)
-    caption = traitlets.Unicode().tag(sync=True)
 
     def __init__(
         self,
@@ -92,7 +87,7 @@ class AttributionGuard(anywidget.AnyWidget):
         self._x, self._target = x, target
         if methods is None:
             methods = ("saliency", "integrated_gradients", "deeplift", *self._cam())
-        self._settings = {"methods": methods, **settings}
+        self._options = {"methods": methods, **settings}
         self._lock = threading.RLock()
         self._latest = Latest(self._told, min_interval=0.1)
         self.twins: Twins | None = None
@@ -153,9 +148,8 @@ class AttributionGuard(anywidget.AnyWidget):
         assert self.twins is not None
         return self.twins.figure(self._place["example"])
 
-    def state(self) -> dict[str, Any]:
-        """Return the view as a small dictionary of primitives (no arrays); see `from_state`."""
-        return {"widget": "AttributionGuard", "version": 1, "settings": dict(self._place)}
+    def _kept(self) -> dict[str, Any]:
+        return dict(self._place)
 
     @classmethod
     def from_state(
@@ -172,56 +166,33 @@ class AttributionGuard(anywidget.AnyWidget):
         Raises:
             InputError: for anything that `state()` does not write.
         """
-        state = parse_json(state)
-        if not isinstance(state, dict) or set(state) != {"widget", "version", "settings"}:
-            raise InputError(
-                "the state is not one of AttributionGuard.state(): a dictionary of widget, version and settings."
-            )
-        if state["widget"] != "AttributionGuard" or state["version"] != 1 or isinstance(state["version"], bool):
-            raise InputError(
-                f"the state is of {state['widget']!r:.40} version {state['version']!r:.20}; expected 'AttributionGuard' version 1."
-            )
-        return cls(float_net, quantized_net, x, target, **_fields(state["settings"]), **settings)
+        return cls(float_net, quantized_net, x, target, **_fields(cls._read(state)), **settings)
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Add what a reader without the kernel sees: a picture, and its numbers in words."""
-        bundle = super()._repr_mimebundle_(**kwargs)
-        data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
-        data["text/plain"] = f"AttributionGuard. {self.caption}"
-        if self.twins is not None:  # before the maps are there a picture would only delay the first paint
-            buffer = io.BytesIO()
-            figure = self.figure()
-            figure.savefig(buffer, format="png")
-            data["image/png"] = base64.b64encode(buffer.getvalue()).decode()
-            metadata["image/png"] = {"alt": str(figure.get_label())}
-        return data, metadata
+    def _pictured(self) -> bool:
+        return self.twins is not None
 
     # ---- messages from the browser ------------------------------------------------------------------------------------
 
-    def _on_message(self, _: Any, content: Any, __: Any) -> None:
-        """Act on a message; what is wrong with it is shown, never raised into the kernel's loop."""
-        try:
-            kind = content.get("type") if isinstance(content, dict) else None
-            if kind == "ready":
-                if self.twins is None and self.status["phase"] != "running":
-                    self.run()
-            elif kind == "choose":
-                self._choose(_fields({name: content[name] for name in ("example", "patch") if name in content}))
-            elif kind == "run":
+    def _act(self, kind: object, content: Any) -> bool:
+        if kind == "ready":
+            if self.twins is None and self.status["phase"] != "running":
                 self.run()
-            elif kind == "stop":
-                self.stop()
-            else:
-                raise InputError(f"the view sent an unknown message {kind!r:.40}.")
-        except Exception as error:
-            self._complain(error)
+        elif kind == "choose":
+            self._choose(_fields({name: content[name] for name in ("example", "patch") if name in content}))
+        elif kind == "run":
+            self.run()
+        elif kind == "stop":
+            self.stop()
+        else:
+            return False
+        return True
 
     # ---- work -----------------------------------------------------------------------------------------------------------
 
     def _work(self, patch: int) -> Generator[Update, None, None]:
         from qlab.diagnose.attribution_twins import twinning
 
-        for update in twinning(*self._nets, self._x, self._target, features=patch, **self._settings):
+        for update in twinning(*self._nets, self._x, self._target, features=patch, **self._options):
             yield Update(update.fraction, update.text, None if update.value is None else (patch, update.value))
 
     def _find(self) -> None:
@@ -243,7 +214,8 @@ class AttributionGuard(anywidget.AnyWidget):
             self._say(job.text, phase="running", fraction=job.fraction)
             return
         self._say(
-            {"done": "Done.", "cancelled": "Stopped; the maps found so far stay."}.get(job.status, "The work failed.")
+            {"done": "Done.", "cancelled": "Stopped; the maps found so far stay."}.get(job.status, "The work failed."),
+            fraction=1.0,
         )
         if job.error is not None:
             self._complain(job.error)
@@ -253,8 +225,7 @@ class AttributionGuard(anywidget.AnyWidget):
             before = self._place
             self._place = self._checked(before | dict(changes))
             self.settings = dict(self._place)
-            if "error" in self.status:
-                self._say(_READY)
+            self._forgive()
             if self._place["patch"] == before["patch"]:
                 self._show()
                 return None
@@ -293,13 +264,6 @@ class AttributionGuard(anywidget.AnyWidget):
             "rows": [_row(name, maps, i) for name, maps in nets],
         }
         self.caption = self.twins.summary()
-
-    def _say(self, text: str, phase: str = "idle", fraction: float = 1.0) -> None:
-        self.status = {"phase": phase, "text": text, "fraction": fraction}
-
-    def _complain(self, error: BaseException) -> None:
-        kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
-        self.status = {**self.status, "phase": "idle", "error": f"{kind}{error}"}
 
 
 def _fields(given: object) -> dict[str, Any]:

@@ -13,20 +13,16 @@ never blocked; the weights are on screen before the net has run.
 
 from __future__ import annotations
 
-import base64
-import io
 import pathlib
 import threading
-import time
 from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import anywidget
 import traitlets
 from qlab.widgets import payload
-from qlab.widgets.settings import parse_json
+from qlab.widgets.view import View
 
-from qlab.errors import InputError, QlabError
+from qlab.errors import InputError
 from qlab.jobs import Job, Latest, Update, background
 
 if TYPE_CHECKING:
@@ -46,7 +42,7 @@ _FIELDS = ("layer", "unit", "row", "column", "example")
 _MEASURES = ("cost", "crossover")
 
 
-class BitLab(anywidget.AnyWidget):
+class BitLab(View):
     """A window into a packed net.
 
     Args:
@@ -72,8 +68,6 @@ class BitLab(anywidget.AnyWidget):
     size = traitlets.Dict().tag(sync=True)
     latency = traitlets.Dict().tag(sync=True)
     crossing = traitlets.Dict().tag(sync=True)
-    status = traitlets.Dict().tag(sync=True)
-    caption = traitlets.Unicode().tag(sync=True)
 
     def __init__(
         self,
@@ -97,7 +91,6 @@ class BitLab(anywidget.AnyWidget):
         self._lock = threading.RLock()
         self._job: Job | None = None
         self._what = ""
-        self._said = _READY
         self._follow = Latest(self._followed)
         self.product: DotProduct | None = None
         self.cost: Cost = next(costing(packed, x[:_TIMED], [])).value  # the bytes; nothing has run yet
@@ -185,9 +178,8 @@ class BitLab(anywidget.AnyWidget):
         """Return a static figure: the dot product once the example has run, the layer's weights before."""
         return (self.bits if self.product is None else self.product).figure()
 
-    def state(self) -> dict[str, Any]:
-        """Return the view as a small dictionary of primitives (no arrays); see `from_state`."""
-        return {"widget": "BitLab", "version": 1, "settings": dict(self._place)}
+    def _kept(self) -> dict[str, Any]:
+        return dict(self._place)
 
     @classmethod
     def from_state(cls, state: object, packed: PackedNet, x: Tensor) -> BitLab:
@@ -196,50 +188,30 @@ class BitLab(anywidget.AnyWidget):
         Raises:
             InputError: for anything that `state()` does not write, or a place that there is not.
         """
-        state = parse_json(state)
-        if not isinstance(state, dict) or set(state) != {"widget", "version", "settings"}:
-            raise InputError("the state is not one of BitLab.state(): a dictionary of widget, version and settings.")
-        if state["widget"] != "BitLab" or state["version"] != 1 or isinstance(state["version"], bool):
-            raise InputError(
-                f"the state is of {state['widget']!r:.40} version {state['version']!r:.20}; expected 'BitLab' version 1."
-            )
+        fields = _fields(cls._read(state))
         lab = cls(packed, x)
-        lab._choose(_fields(state["settings"]), look=False)
+        lab._choose(fields, look=False)
         return lab
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Add what a reader without the kernel sees: a picture, and its numbers in words."""
-        bundle = super()._repr_mimebundle_(**kwargs)
-        data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
-        data["text/plain"] = f"BitLab. {self.caption}"
-        if self.product is not None:  # before the example has run a picture would only delay the first paint
-            buffer = io.BytesIO()
-            figure = self.figure()
-            figure.savefig(buffer, format="png")
-            data["image/png"] = base64.b64encode(buffer.getvalue()).decode()
-            metadata["image/png"] = {"alt": str(figure.get_label())}
-        return data, metadata
+    def _pictured(self) -> bool:
+        return self.product is not None
 
     # ---- messages from the browser ------------------------------------------------------------------------------------
 
-    def _on_message(self, _: Any, content: Any, __: Any) -> None:
-        """Act on a message; what is wrong with it is shown, never raised into the kernel's loop."""
-        try:
-            kind = content.get("type") if isinstance(content, dict) else None
-            if kind == "ready":
-                if self._run is None:
-                    self.look()
-            elif kind == "choose":
-                self._choose(_fields({name: content[name] for name in _FIELDS if name in content}))
-            elif kind == "measure":
-                what = content.get("what")
-                self.measure(what if isinstance(what, str) else repr(what))
-            elif kind == "stop":
-                self.stop()
-            else:
-                raise InputError(f"the view sent an unknown message {kind!r:.40}.")
-        except Exception as error:
-            self._complain(error)
+    def _act(self, kind: object, content: Any) -> bool:
+        if kind == "ready":
+            if self._run is None:
+                self.look()
+        elif kind == "choose":
+            self._choose(_fields({name: content[name] for name in _FIELDS if name in content}))
+        elif kind == "measure":
+            what = content.get("what")
+            self.measure(what if isinstance(what, str) else repr(what))
+        elif kind == "stop":
+            self.stop()
+        else:
+            return False
+        return True
 
     # ---- work -----------------------------------------------------------------------------------------------------------
 
@@ -252,8 +224,7 @@ class BitLab(anywidget.AnyWidget):
             else:
                 chosen = self._checked(before | dict(changes))
             self._place, self.settings = chosen, chosen
-            if "error" in self.status:
-                self._say(self._said)
+            self._forgive()
             if chosen["layer"] != before["layer"]:
                 self.weights = payload.packed_bits(self.bits)
             run = self._run
@@ -352,17 +323,6 @@ class BitLab(anywidget.AnyWidget):
 
     def _caption(self) -> str:
         return self.bits.summary() + ("" if self.product is None else f" {self.product.summary()}")
-
-    def _say(self, text: str, *, phase: str = "idle", fraction: float | None = None) -> None:
-        """Set the status line; an earlier error goes."""
-        self._said = text
-        kept = self.status.get("fraction", 0.0) if fraction is None else fraction
-        self.status = {"phase": phase, "text": text, "fraction": kept, "at": time.time()}
-
-    def _complain(self, error: BaseException) -> None:
-        """Show an error: one message for what a user can act on, with its kind for what is a bug."""
-        told = str(error) if isinstance(error, QlabError) else f"{type(error).__name__}: {error}"
-        self.status = {**self.status, "error": told, "at": time.time()}
 
 
 def _pair(position: object) -> tuple[Any, Any]:

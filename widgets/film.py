@@ -71,7 +71,7 @@ def rate(found: Flips, layer: str) -> dict[str, Any]:
 
 def swings(found: Flips) -> list[dict[str, Any]]:
     """Return the weights that flipped most, as plain rows."""
-    rows: list[dict[str, Any]] = found.swings.head(8).to_dict("records")
+    rows = found.swings.head(8).to_dict("records")
     return [
         {
             "layer": str(row["layer"]),

@@ -13,22 +13,18 @@ kernel is never blocked.
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import pathlib
 import threading
-import time
 from collections.abc import Generator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import anywidget
 import numpy as np
 import traitlets
-from qlab.widgets.settings import parse_json
+from qlab.widgets.view import View
 
-from qlab.errors import InputError, QlabError
+from qlab.errors import InputError
 from qlab.jobs import Job, Latest, Update
 
 if TYPE_CHECKING:
@@ -47,7 +43,7 @@ _MAX_POINTS = 101  # a side: below a megabyte for three functions
 _SOFT = "smoothed"
 
 
-class LandscapeExplorer(anywidget.AnyWidget):
+class LandscapeExplorer(View):
     """Three functions of one net on one plane and colour scale.
 
     Args:
@@ -73,8 +69,6 @@ class LandscapeExplorer(anywidget.AnyWidget):
     settings = traitlets.Dict().tag(sync=True)
     surface = traitlets.Dict().tag(sync=True)
     path = traitlets.Dict().tag(sync=True)
-    status = traitlets.Dict().tag(sync=True)
-    caption = traitlets.Unicode().tag(sync=True)
 
     def __init__(
         self,
@@ -186,13 +180,8 @@ class LandscapeExplorer(anywidget.AnyWidget):
             raise InputError("nothing has been evaluated yet; call refine(wait=True) first")
         return landscape_figure(land, self._trajectory if self.path else None)
 
-    def state(self) -> dict[str, Any]:
-        """Return the view as a small dictionary of primitives (no arrays); see `from_state`."""
-        return {
-            "widget": "LandscapeExplorer",
-            "version": 1,
-            "settings": {"sharpness": self._k, "batch_norm": self._mode, "points": self._points},
-        }
+    def _kept(self) -> dict[str, Any]:
+        return {"sharpness": self._k, "batch_norm": self._mode, "points": self._points}
 
     @classmethod
     def from_state(cls, state: object, net: nn.Module, x: Tensor, y: Tensor, **options: Any) -> LandscapeExplorer:
@@ -201,52 +190,28 @@ class LandscapeExplorer(anywidget.AnyWidget):
         Raises:
             InputError: for anything that `state()` does not write.
         """
-        state = parse_json(state)
-        if not isinstance(state, dict) or set(state) != {"widget", "version", "settings"}:
-            raise InputError(
-                "the state is not one of LandscapeExplorer.state(): a dictionary of widget, version, settings."
-            )
-        if state["widget"] != "LandscapeExplorer" or state["version"] != 1 or isinstance(state["version"], bool):
-            raise InputError(f"the state is of {state['widget']!r:.40}; expected 'LandscapeExplorer' version 1.")
-        settings = state["settings"]
-        if not isinstance(settings, dict) or set(settings) != {"sharpness", "batch_norm", "points"}:
-            raise InputError(f"the settings are {settings!r:.80}; expected sharpness, batch_norm and points.")
-        return cls(net, x, y, **(options | settings))
+        return cls(net, x, y, **(options | cls._read(state, ("sharpness", "batch_norm", "points"))))
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Add what a reader without the kernel sees: a picture, and its numbers in words."""
-        bundle = super()._repr_mimebundle_(**kwargs)
-        data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
-        data["text/plain"] = f"LandscapeExplorer. {self.caption}"
-        if self.landscape is not None:  # before that a picture would only delay the first paint
-            buffer = io.BytesIO()
-            figure = self.figure()
-            figure.savefig(buffer, format="png")
-            data["image/png"] = base64.b64encode(buffer.getvalue()).decode()
-            metadata["image/png"] = {"alt": str(figure.get_label())}
-        return data, metadata
+    def _pictured(self) -> bool:
+        return self.landscape is not None
 
     # ---- messages from the browser ------------------------------------------------------------------------------------
 
-    def _on_message(self, _: Any, content: Any, __: Any) -> None:
-        """Act on a message; what is wrong with it is shown, never raised into the kernel's loop."""
-        try:
-            kind = content.get("type") if isinstance(content, dict) else None
-            if kind == "ready":
-                if self.landscape is None:
-                    self.refine()
-            elif kind == "refine":
+    def _act(self, kind: object, content: Any) -> bool:
+        if kind == "ready":
+            if self.landscape is None:
                 self.refine()
-            elif kind == "stop":
-                self.stop()
-            elif kind == "smooth":
-                self.smooth(content.get("sharpness"))
-            elif kind == "norm":
-                self.norm(content.get("batch_norm"))
-            else:
-                raise InputError(f"the view sent an unknown message {kind!r:.40}.")
-        except Exception as error:
-            self._complain(error)
+        elif kind == "refine":
+            self.refine()
+        elif kind == "stop":
+            self.stop()
+        elif kind == "smooth":
+            self.smooth(content.get("sharpness"))
+        elif kind == "norm":
+            self.norm(content.get("batch_norm"))
+        else:
+            return False
+        return True
 
     # ---- work ---------------------------------------------------------------------------------------------------------
 
@@ -297,10 +262,10 @@ class LandscapeExplorer(anywidget.AnyWidget):
                     self._parts[key] = land
             self._told()
         if job.status == "running":
-            self._say(job.text, "running", job.fraction)
+            self._say(job.text, phase="running", fraction=job.fraction)
             return
         words = {"done": "All points are evaluated.", "cancelled": "Stopped; what there is stays."}
-        self._say(words.get(job.status, "The evaluation failed."), "idle", job.fraction)
+        self._say(words.get(job.status, "The evaluation failed."), fraction=job.fraction)
         if job.error is not None:
             self._complain(job.error)
 
@@ -322,13 +287,6 @@ class LandscapeExplorer(anywidget.AnyWidget):
                 self.caption = land.summary()
             elif land is None:
                 self.caption = "Nothing has been evaluated yet."
-
-    def _say(self, text: str, phase: str, fraction: float) -> None:
-        self.status = {"phase": phase, "text": text, "fraction": float(fraction), "at": time.time()}
-
-    def _complain(self, error: BaseException) -> None:
-        text = str(error) if isinstance(error, QlabError) else f"{type(error).__name__}: {error}"
-        self.status = dict(self.status) | {"error": text, "phase": "idle", "at": time.time()}
 
 
 def _surface(land: Landscape) -> dict[str, Any]:

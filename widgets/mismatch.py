@@ -14,8 +14,6 @@ to the deployed net, which no surrogate changes: it is had once, and each new dr
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 import pathlib
 import threading
@@ -23,12 +21,11 @@ import time
 from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
-import anywidget
 import traitlets
 from qlab.widgets import mismatch_payload as payload
-from qlab.widgets.settings import parse_json
+from qlab.widgets.view import View
 
-from qlab.errors import InputError, QlabError, UnknownNameError
+from qlab.errors import InputError, UnknownNameError
 from qlab.jobs import Job, Latest, Update
 
 if TYPE_CHECKING:
@@ -48,10 +45,9 @@ _WARM_UP = 60  # steps of the default net: trained enough to have something to b
 _STEPS = 300
 _LOOPS, _POINTS = 4, 32
 _LIMIT = 20.0  # magnitude of a value, at most
-_FIELDS = ("knots", "values", "layer")
 
 
-class GradientMismatch(anywidget.AnyWidget):
+class GradientMismatch(View):
     """Surrogate against truth, with a surrogate to draw.
 
     Args:
@@ -76,8 +72,6 @@ class GradientMismatch(anywidget.AnyWidget):
     honesty = traitlets.Dict().tag(sync=True)
     moons = traitlets.Dict().tag(sync=True)
     code = traitlets.Unicode().tag(sync=True)
-    status = traitlets.Dict().tag(sync=True)
-    caption = traitlets.Unicode().tag(sync=True)
 
     def __init__(
         self,
@@ -198,11 +192,9 @@ class GradientMismatch(anywidget.AnyWidget):
 
         return surrogate_figure([self._drawn()]) if self.mismatch is None else self.mismatch.figure()
 
-    def state(self) -> dict[str, Any]:
-        """Return the view as a small dictionary of primitives (no arrays); see `from_state`."""
+    def _kept(self) -> dict[str, Any]:
         t, v = self._drawing
-        settings = {"knots": list(t), "values": list(v), "layer": self._layer}
-        return {"widget": "GradientMismatch", "version": 1, "settings": settings}
+        return {"knots": list(t), "values": list(v), "layer": self._layer}
 
     @classmethod
     def from_state(
@@ -213,57 +205,36 @@ class GradientMismatch(anywidget.AnyWidget):
         Raises:
             InputError: for anything that `state()` does not write.
         """
-        state = parse_json(state)
-        if not isinstance(state, dict) or set(state) != {"widget", "version", "settings"}:
-            raise InputError("the state is not one of GradientMismatch.state(): widget, version and settings.")
-        if state["widget"] != "GradientMismatch" or state["version"] != 1 or isinstance(state["version"], bool):
-            raise InputError(
-                f"the state is of {state['widget']!r:.40} version {state['version']!r:.20}; expected 'GradientMismatch' version 1."
-            )
-        settings = state["settings"]
-        if not isinstance(settings, dict) or set(settings) != set(_FIELDS) or not isinstance(settings["layer"], str):
-            raise InputError(f"the settings are {settings!r:.80}; expected a dictionary of {', '.join(_FIELDS)}.")
+        settings = cls._read(state, ("knots", "values", "layer"))
+        if not isinstance(settings["layer"], str):
+            raise InputError(f"layer is {settings['layer']!r:.40}; expected a name.")
         view = cls(net, x, y, knots=settings["knots"], values=settings["values"])
         view._layer = settings["layer"]
         return view
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Add what a reader without the kernel sees: a picture, and its numbers in words."""
-        bundle = super()._repr_mimebundle_(**kwargs)
-        data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
-        data["text/plain"] = f"GradientMismatch. {self.caption}"
-        if self.mismatch is not None:  # before, a picture would only delay the first paint
-            buffer = io.BytesIO()
-            figure = self.figure()
-            figure.savefig(buffer, format="png")
-            data["image/png"] = base64.b64encode(buffer.getvalue()).decode()
-            metadata["image/png"] = {"alt": str(figure.get_label())}
-        return data, metadata
+    def _pictured(self) -> bool:
+        return self.mismatch is not None
 
     # ---- messages from the browser ------------------------------------------------------------------------------------
 
-    def _on_message(self, _: Any, content: Any, __: Any) -> None:
-        """Act on a message; what is wrong with it is shown, never raised into the kernel's loop."""
-        try:
-            kind = content.get("type") if isinstance(content, dict) else None
-            if kind == "ready":
-                if self.mismatch is None:
-                    self.look()
-            elif kind == "draw":
-                serial = content.get("serial", 0)
-                if isinstance(serial, int) and 0 <= serial < 2**53:
-                    self._serial = max(self._serial, serial)
-                self.draw(content.get("values"))
-            elif kind == "choose":
-                self.choose(content.get("layer"))
-            elif kind == "train":
-                self.train()
-            elif kind == "stop":
-                self.stop()
-            else:
-                raise InputError(f"the view sent an unknown message {kind!r:.40}.")
-        except Exception as error:
-            self._complain(error)
+    def _act(self, kind: object, content: Any) -> bool:
+        if kind == "ready":
+            if self.mismatch is None:
+                self.look()
+        elif kind == "draw":
+            serial = content.get("serial", 0)
+            if isinstance(serial, int) and 0 <= serial < 2**53:
+                self._serial = max(self._serial, serial)
+            self.draw(content.get("values"))
+        elif kind == "choose":
+            self.choose(content.get("layer"))
+        elif kind == "train":
+            self.train()
+        elif kind == "stop":
+            self.stop()
+        else:
+            return False
+        return True
 
     # ---- work -----------------------------------------------------------------------------------------------------------
 
@@ -360,8 +331,7 @@ class GradientMismatch(anywidget.AnyWidget):
         }
         self.curves = payload.curves(self._drawn(), t)
         self.code = code(t, v)
-        if "error" in self.status:
-            self._say(_READY)
+        self._forgive()
 
     def _caption(self) -> str:
         said = [] if self.mismatch is None else [payload.told(self.mismatch)]
@@ -370,16 +340,6 @@ class GradientMismatch(anywidget.AnyWidget):
                 f"Mean circulation {self.circulation.mean:.3f}: 0 for the gradient of a function, 1 for a vortex."
             )
         return " ".join(said)
-
-    def _say(self, text: str, *, phase: str = "idle", fraction: float | None = None) -> None:
-        """Set the status line; an earlier error goes."""
-        kept = self.status.get("fraction", 0.0) if fraction is None else fraction
-        self.status = {"phase": phase, "text": text, "fraction": kept, "at": time.time()}
-
-    def _complain(self, error: BaseException) -> None:
-        """Show an error: one message for what a user can act on, with its kind for what is a bug."""
-        told = str(error) if isinstance(error, QlabError) else f"{type(error).__name__}: {error}"
-        self.status = {**self.status, "error": told, "at": time.time()}
 
 
 def _numbers(values: object, what: str) -> tuple[float, ...]:

@@ -50,6 +50,26 @@ class Record:
         values = self.snapshot.history[metric][1]
         return float(values[-1]) if len(values) and np.isfinite(values[-1]) else None
 
+    def summary(self) -> str | None:
+        """Return the run in words, with its latest numbers; None before the first validation."""
+        acc, latent, flips = self.last("val/acc"), self.last("val/acc_latent"), self.last("quant/flip_ratio")
+        if self.snapshot is None or acc is None:
+            return None
+        info = CATALOG[self.settings.method]
+        bits = "float" if info.weight_bits == 32 else f"{info.weight_bits}-bit"
+        parts = [
+            f"Run {self.label}, step {self.snapshot.step} (epoch {self.snapshot.epoch:.1f} of {self.settings.epochs}): "
+            f"{info.name} with {bits} weights is right on {acc:.1%} of the validation data when deployed"
+        ]
+        if latent is not None:
+            parts.append(f", {latent:.1%} with its latent training-time net")
+        parts.append(f"; the most frequent class alone gives {self.chance or 0:.0%}.")
+        if flips is not None:
+            parts.append(f" In its last full epoch {flips:.2%} of the weights changed sign.")
+        if self.phase == "done":
+            parts.append(f" You predicted {self.settings.guess:.0f} %.")
+        return "".join(parts)
+
 
 def label(index: int) -> str:
     """Return A ... Z, AA, AB ... for 0, 1, 2 ..."""

@@ -12,26 +12,20 @@ start or stop such jobs, so the kernel is never blocked. PyTorch is imported by 
 
 from __future__ import annotations
 
-import base64
-import io
 import pathlib
 import threading
-import time
 from collections.abc import Generator, Iterable, MutableMapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import anywidget
 import traitlets
-from qlab.widgets import preview
-from qlab.widgets.records import MAX_SHOWN, Record, label, pack, pack_histogram, table
-from qlab.widgets.settings import Settings, check_variable, control, parse_json, parse_value
+from qlab.widgets import preview, shelves
+from qlab.widgets.records import MAX_SHOWN, Record, label, pack, table
+from qlab.widgets.settings import Settings, check_variable
+from qlab.widgets.view import View
 
 from qlab.data import DATA
 from qlab.errors import InputError, QlabError
 from qlab.jobs import Job, Latest, Update, background
-from qlab.methods.catalog import CATALOG
-from qlab.models import MODELS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,10 +38,9 @@ __all__ = ["Studio"]
 _STATIC = pathlib.Path(__file__).parent / "static"
 _READY = "Ready. Choose, predict, then press Train."
 _BUSY = ("training", "stopping")
-_OWN_CONTROLS = ("seed",)  # hyperparameters of every method for which the Studio has a control of its own
 
 
-class Studio(anywidget.AnyWidget):
+class Studio(View):
     """An interactive bench for training one net after another and comparing them.
 
     Args:
@@ -69,11 +62,9 @@ class Studio(anywidget.AnyWidget):
     settings = traitlets.Dict().tag(sync=True)
     controls = traitlets.Dict().tag(sync=True)
     preview = traitlets.Dict().tag(sync=True)
-    status = traitlets.Dict().tag(sync=True)
     live = traitlets.Dict().tag(sync=True)
     shown: traitlets.List[Any] = traitlets.List().tag(sync=True)
     rows: traitlets.List[Any] = traitlets.List().tag(sync=True)
-    caption = traitlets.Unicode().tag(sync=True)
 
     def __init__(
         self,
@@ -100,7 +91,7 @@ class Studio(anywidget.AnyWidget):
         self._said = _READY
         self._peek = Latest(self._peeked)
         super().__init__(
-            shelves=_shelves(),
+            shelves=shelves.shelves(),
             settings=self._settings.json(),
             preview=preview.digits_at_once(),
             status={"phase": "idle", "text": _READY, "fraction": 0.0},
@@ -249,9 +240,8 @@ class Studio(anywidget.AnyWidget):
             chance=self.preview.get("chance"),
         )
 
-    def state(self) -> dict[str, Any]:
-        """Return the view as a small dictionary of primitives (no arrays, no runs); see `from_state`."""
-        return {"widget": "Studio", "version": 1, "settings": self._settings.json()}
+    def _kept(self) -> dict[str, Any]:
+        return self._settings.json()
 
     @classmethod
     def from_state(cls, state: object, **options: Any) -> Studio:
@@ -260,62 +250,42 @@ class Studio(anywidget.AnyWidget):
         Raises:
             InputError: for anything that `state()` does not write.
         """
-        state = parse_json(state)
-        if not isinstance(state, dict) or set(state) != {"widget", "version", "settings"}:
-            raise InputError("the state is not one of Studio.state(): a dictionary of widget, version and settings.")
-        if state["widget"] != "Studio" or state["version"] != 1 or isinstance(state["version"], bool):
-            raise InputError(
-                f"the state is of {state['widget']!r} version {state['version']!r:.20}; expected 'Studio' version 1."
-            )
-        settings = Settings.from_json(state["settings"])
+        settings = Settings.from_json(cls._read(state))
         studio = cls(**options)
         studio.configure(**settings.json())
         return studio
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Add what a reader without the kernel sees: a picture of the runs, and their numbers in words."""
-        bundle = super()._repr_mimebundle_(**kwargs)
-        data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
-        data["text/plain"] = f"Studio. {self.caption}"
-        if any(r.snapshot is not None for r in self._visible):
-            buffer = io.BytesIO()
-            self.figure().savefig(buffer, format="png")
-            data["image/png"] = base64.b64encode(buffer.getvalue()).decode()
-            metadata["image/png"] = {"alt": self.caption}
-        return data, metadata
+    def _pictured(self) -> bool:
+        return any(r.snapshot is not None for r in self._visible)
 
     # ---- messages from the browser ------------------------------------------------------------------------------------
 
-    def _on_message(self, _: Any, content: Any, __: Any) -> None:
-        """Act on a message; what is wrong with it is shown, never raised into the kernel's loop."""
-        try:
-            kind = content.get("type") if isinstance(content, dict) else None
-            if isinstance(content, dict) and "settings" in content:
-                self.configure(**Settings.from_json(content["settings"]).json())
-            if kind == "train":
-                self.train()
-            elif kind == "stop":
-                self.stop()
-            elif kind == "resume":
-                self.resume()
-            elif kind == "compare":
-                self.compare(_labels(content.get("labels")))
-            elif kind == "send":
-                self.send(content.get("run"), content.get("name"))
-            elif kind == "ready":
-                self.look()
-            elif kind == "settings":
-                if "error" in self.status:
-                    self._say(self._said)
-            else:
-                raise InputError(f"the view sent an unknown message {kind!r:.40}.")
-        except Exception as error:
-            self._complain(error, about=kind if isinstance(kind, str) else "")
+    def _act(self, kind: object, content: Any) -> bool:
+        if "settings" in content:
+            self.configure(**Settings.from_json(content["settings"]).json())
+        if kind == "train":
+            self.train()
+        elif kind == "stop":
+            self.stop()
+        elif kind == "resume":
+            self.resume()
+        elif kind == "compare":
+            self.compare(_labels(content.get("labels")))
+        elif kind == "send":
+            self.send(content.get("run"), content.get("name"))
+        elif kind == "ready":
+            self.look()
+        elif kind == "settings":
+            if "error" in self.status:
+                self._say(self._said)
+        else:
+            return False
+        return True
 
     # ---- work -----------------------------------------------------------------------------------------------------------
 
     def _look(self, settings: Settings) -> Generator[Update, None, None]:
-        found = yield from background(lambda: self._controls(settings.method), "Loading PyTorch ...")
+        found = yield from background(lambda: shelves.controls(settings.method), "Loading PyTorch ...")
         yield Update(0.5, "", {"controls": found})
         if (
             DATA[settings.data].source != "files"
@@ -339,55 +309,15 @@ class Studio(anywidget.AnyWidget):
             if (text, looking) != (self.status.get("text"), self.status.get("looking")):
                 self.status = self._status(text, looking=looking)
 
-    def _controls(self, method: str) -> dict[str, Any]:
-        from qlab.methods import Method, hyperparameters
-
-        common = {h.name for h in hyperparameters(Method)}
-        items = [
-            control(h) | {"common": h.name in common}
-            for h in hyperparameters(CATALOG.load(method))
-            if h.kind != "other" and h.name not in _OWN_CONTROLS
-        ]
-        return {"method": method, "items": items}
-
-    def _examples(self, settings: Settings) -> dict[str, Any]:
-        from qlab.live import weight_histogram
-
-        data = self._load(settings)
-        seen = preview.examples(data, settings.data)
-        seen["nets"] = _fitting_nets(data)
-        if settings.net in seen["nets"]:
-            default = replace(settings, hyper={})
-            seen["histogram"] = pack_histogram(weight_histogram(self._build(default, data)))
-        return seen
-
     def _load(self, settings: Settings) -> Any:
         """Return the data module of the settings; the last one is kept, as sets take time to read."""
-        import qlab.data
-
         key = (settings.data, settings.batch_size, settings.seed, settings.folder)
         if self._data[0] != key:
-            options: dict[str, Any] = {"batch_size": settings.batch_size, "seed": settings.seed}
-            if settings.folder and settings.data == "image_folder":
-                options["root"] = settings.folder
-            data = qlab.data.load(settings.data, **options)
-            data.input_shape  # noqa: B018  # reads the set now, so that a missing file is told before the run starts
-            self._data = (key, data)
+            self._data = (key, shelves.load(settings))
         return self._data[1]
 
-    def _build(self, settings: Settings, data: Any) -> Any:
-        from qlab.methods import create, hyperparameters
-        from qlab.models import build
-
-        known = {h.name: h for h in hyperparameters(CATALOG.load(settings.method))}
-        values = {
-            name: parse_value(known[name], raw) if name in known and known[name].kind != "other" else raw
-            for name, raw in settings.hyper.items()
-        }
-        if "seed" in known:
-            values.setdefault("seed", settings.seed)
-        net = build(settings.net, data.input_shape, data.num_classes, seed=settings.seed)
-        return create(settings.method, net, **values)
+    def _examples(self, settings: Settings) -> dict[str, Any]:
+        return shelves.examples(settings, self._load(settings))
 
     def _start(self, record: Record) -> Job:
         record.phase = "training"
@@ -405,7 +335,7 @@ class Studio(anywidget.AnyWidget):
             if self.preview.get("data") != settings.data or self.preview.get("nets") is None:
                 self.preview = self._examples(settings)
             record.chance = self.preview["chance"]
-            return data, self._build(settings, data)
+            return data, shelves.build(settings, data)
 
         data, method = yield from background(prepare, "Loading PyTorch, the data and the net ...")
         from qlab.live import training
@@ -498,21 +428,16 @@ class Studio(anywidget.AnyWidget):
             self.rows = table(self._records)
             self.caption = self._caption()
 
-    def _say(self, text: str, *, about: str = "", fraction: float | None = None) -> None:
-        """Set the status line; an earlier error goes."""
+    def _say(self, text: str, *, fraction: float | None = None, **more: Any) -> None:
         self._said = text
-        self.status = self._status(text, about=about, fraction=fraction)
+        super()._say(text, fraction=fraction, **more)
 
     def _status(self, text: str, *, fraction: float | None = None, **more: Any) -> dict[str, Any]:
         record = self._active
-        return {
-            "phase": "idle" if record is None else record.phase,
-            "resumable": record is not None and self._resumable(record),
-            "text": text,
-            "fraction": self.status.get("fraction", 0.0) if fraction is None else fraction,
-            "at": time.time(),
-            **more,
-        }
+        more["phase"] = "idle" if record is None else record.phase
+        return super()._status(
+            text, fraction=fraction, resumable=record is not None and self._resumable(record), **more
+        )
 
     def _complain(self, error: BaseException, about: str = "") -> None:
         """Show an error: one message for what a user can act on, with the traceback for what is a bug."""
@@ -527,55 +452,15 @@ class Studio(anywidget.AnyWidget):
     def _caption(self) -> str:
         """Return the caption with the numbers of the latest run."""
         record = self._active
-        if record is None or record.snapshot is None or record.last("val/acc") is None:
-            if self.preview["data"] != self._settings.data:
-                return f"What the net makes of {self._settings.data} will stand here."
-            return (
-                f"Always naming the most frequent class of {self._settings.data} is right in {self.preview['chance']:.0%} "
-                "of cases; what the net makes of it will stand here."
-            )
-        info, snapshot = CATALOG[record.settings.method], record.snapshot
-        bits = "float" if info.weight_bits == 32 else f"{info.weight_bits}-bit"
-        acc, latent, flips = record.last("val/acc"), record.last("val/acc_latent"), record.last("quant/flip_ratio")
-        parts = [
-            f"Run {record.label}, step {snapshot.step} (epoch {snapshot.epoch:.1f} of {record.settings.epochs}): "
-            f"{info.name} with {bits} weights is right on {acc:.1%} of the validation data when deployed"
-        ]
-        if latent is not None:
-            parts.append(f", {latent:.1%} with its latent training-time net")
-        parts.append(f"; the most frequent class alone gives {record.chance or 0:.0%}.")
-        if flips is not None:
-            parts.append(f" In its last full epoch {flips:.2%} of the weights changed sign.")
-        if record.phase == "done":
-            parts.append(f" You predicted {record.settings.guess:.0f} %.")
-        return "".join(parts)
-
-
-def _shelves() -> dict[str, Any]:
-    return {
-        "data": [
-            {"name": d.name, "title": d.title, "net": d.net, "kind": d.kind, "source": d.source} for d in DATA.values()
-        ],
-        "nets": [{"name": m.name, "title": f"{m.name}: {m.title}"} for m in MODELS.values()],
-        "methods": [m.row() for m in CATALOG.values()],
-    }
-
-
-def _fitting_nets(data: Any) -> list[str]:
-    """Return the nets that can be built for the data; nothing is allocated for them."""
-    import torch
-
-    from qlab.models import build
-
-    fitting = []
-    for name in MODELS:
-        try:
-            with torch.device("meta"):
-                build(name, data.input_shape, data.num_classes)
-        except InputError:
-            continue
-        fitting.append(name)
-    return fitting
+        told = None if record is None else record.summary()
+        if told is not None:
+            return told
+        if self.preview["data"] != self._settings.data:
+            return f"What the net makes of {self._settings.data} will stand here."
+        return (
+            f"Always naming the most frequent class of {self._settings.data} is right in {self.preview['chance']:.0%} "
+            "of cases; what the net makes of it will stand here."
+        )
 
 
 def _labels(value: object) -> list[str]:

@@ -14,20 +14,16 @@ Job, so the kernel is never blocked; the film of a layer is in the browser, so i
 
 from __future__ import annotations
 
-import base64
-import io
 import pathlib
 import threading
-import time
 from collections.abc import Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import anywidget
 import traitlets
 from qlab.widgets import film
-from qlab.widgets.settings import parse_json
+from qlab.widgets.view import View
 
-from qlab.errors import InputError, QlabError
+from qlab.errors import InputError
 from qlab.jobs import Job, Latest, Update, background
 
 if TYPE_CHECKING:
@@ -45,7 +41,7 @@ _READY = "Ready. Guess how many flips it takes, then find them."
 _FIELDS = ("layer", "step", "example", "since", "until")
 
 
-class TimeTravel(anywidget.AnyWidget):
+class TimeTravel(View):
     """A window into the history of a net's bits.
 
     Args:
@@ -71,8 +67,6 @@ class TimeTravel(anywidget.AnyWidget):
     swings: traitlets.List[Any] = traitlets.List().tag(sync=True)
     prediction = traitlets.Dict().tag(sync=True)
     found = traitlets.Dict().tag(sync=True)
-    status = traitlets.Dict().tag(sync=True)
-    caption = traitlets.Unicode().tag(sync=True)
 
     def __init__(
         self,
@@ -171,9 +165,8 @@ class TimeTravel(anywidget.AnyWidget):
         """Return a static figure: the margin flip by flip once there is an answer, the flips of the training before."""
         return (self.flips if self.answer is None else self.answer).figure()
 
-    def state(self) -> dict[str, Any]:
-        """Return the view as a small dictionary of primitives (no arrays); see `from_state`."""
-        return {"widget": "TimeTravel", "version": 1, "settings": dict(self._place)}
+    def _kept(self) -> dict[str, Any]:
+        return dict(self._place)
 
     @classmethod
     def from_state(cls, state: object, history: History, net: nn.Module, x: Tensor) -> TimeTravel:
@@ -182,51 +175,29 @@ class TimeTravel(anywidget.AnyWidget):
         Raises:
             InputError: for anything that `state()` does not write, or a place that there is not.
         """
-        state = parse_json(state)
-        if not isinstance(state, dict) or set(state) != {"widget", "version", "settings"}:
-            raise InputError(
-                "the state is not one of TimeTravel.state(): a dictionary of widget, version and settings."
-            )
-        if state["widget"] != "TimeTravel" or state["version"] != 1 or isinstance(state["version"], bool):
-            raise InputError(
-                f"the state is of {state['widget']!r:.40} version {state['version']!r:.20}; expected 'TimeTravel' version 1."
-            )
+        fields = _fields(cls._read(state))
         travel = cls(history, net, x)
-        travel._choose(_fields(state["settings"]), look=False)
+        travel._choose(fields, look=False)
         return travel
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Add what a reader without the kernel sees: a picture, and its numbers in words."""
-        bundle = super()._repr_mimebundle_(**kwargs)
-        data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
-        data["text/plain"] = f"TimeTravel. {self.caption}"
-        if self.answer is not None or self.course is not None:  # before that a picture would only delay the first paint
-            buffer = io.BytesIO()
-            figure = self.figure()
-            figure.savefig(buffer, format="png")
-            data["image/png"] = base64.b64encode(buffer.getvalue()).decode()
-            metadata["image/png"] = {"alt": str(figure.get_label())}
-        return data, metadata
+    def _pictured(self) -> bool:
+        return self.answer is not None or self.course is not None
 
     # ---- messages from the browser ------------------------------------------------------------------------------------
 
-    def _on_message(self, _: Any, content: Any, __: Any) -> None:
-        """Act on a message; what is wrong with it is shown, never raised into the kernel's loop."""
-        try:
-            kind = content.get("type") if isinstance(content, dict) else None
-            if kind == "ready":
-                if self.course is None:
-                    self.look()
-            elif kind == "choose":
-                self._choose(_fields({name: value for name, value in content.items() if name != "type"}))
-            elif kind == "find":
-                self.find()
-            elif kind == "stop":
-                self.stop()
-            else:
-                raise InputError(f"the view sent an unknown message {kind!r:.40}.")
-        except Exception as error:
-            self._complain(error)
+    def _act(self, kind: object, content: Any) -> bool:
+        if kind == "ready":
+            if self.course is None:
+                self.look()
+        elif kind == "choose":
+            self._choose(_fields({name: value for name, value in content.items() if name != "type"}))
+        elif kind == "find":
+            self.find()
+        elif kind == "stop":
+            self.stop()
+        else:
+            return False
+        return True
 
     # ---- work -----------------------------------------------------------------------------------------------------------
 
@@ -236,8 +207,7 @@ class TimeTravel(anywidget.AnyWidget):
             chosen = self._checked(before | dict(changes))
             self._place = chosen
             self.settings = {**self.settings, **chosen}
-            if "error" in self.status:
-                self._say(_READY)
+            self._forgive()
             if chosen["layer"] != before["layer"]:
                 self.frames = film.film(self._history, self.flips, chosen["layer"])
                 self.rate = film.rate(self.flips, chosen["layer"])
@@ -320,16 +290,6 @@ class TimeTravel(anywidget.AnyWidget):
         if self.answer is not None:
             return self.answer.summary()
         return self.flips.summary() + ("" if self.course is None else f" {self.course.summary()}")
-
-    def _say(self, text: str, *, phase: str = "idle", fraction: float | None = None) -> None:
-        """Set the status line; an earlier error goes."""
-        kept = self.status.get("fraction", 0.0) if fraction is None else fraction
-        self.status = {"phase": phase, "text": text, "fraction": kept, "at": time.time()}
-
-    def _complain(self, error: BaseException) -> None:
-        """Show an error: one message for what a user can act on, with its kind for what is a bug."""
-        told = str(error) if isinstance(error, QlabError) else f"{type(error).__name__}: {error}"
-        self.status = {**self.status, "error": told, "at": time.time()}
 
 
 def _fields(value: object) -> dict[str, Any]:

@@ -13,19 +13,15 @@ once, so the slider only picks; other dtypes, the smoothed function and the Jaco
 
 from __future__ import annotations
 
-import base64
-import io
 import pathlib
 import threading
-import time
 from typing import TYPE_CHECKING, Any
 
-import anywidget
 import numpy as np
 import traitlets
-from qlab.widgets.settings import parse_json
+from qlab.widgets.view import View
 
-from qlab.errors import InputError, QlabError
+from qlab.errors import InputError
 from qlab.jobs import Job
 
 if TYPE_CHECKING:
@@ -42,7 +38,7 @@ _EXAMPLES = 200  # more are not looked at: the first picture is due within a sec
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
-class VanishingMicroscope(anywidget.AnyWidget):
+class VanishingMicroscope(View):
     """A view of gradients per layer over temperatures and dtypes.
 
     Args:
@@ -69,8 +65,6 @@ class VanishingMicroscope(anywidget.AnyWidget):
     gaps = traitlets.Dict().tag(sync=True)
     spectrum = traitlets.Dict().tag(sync=True)
     settings = traitlets.Dict().tag(sync=True)
-    status = traitlets.Dict().tag(sync=True)
-    caption = traitlets.Unicode().tag(sync=True)
 
     def __init__(
         self, net: nn.Module, x: Tensor, y: Tensor, beta: float = 1.0, dtype: str = "float32", batch: int = 1
@@ -115,15 +109,14 @@ class VanishingMicroscope(anywidget.AnyWidget):
                 raise InputError(f"{chosen} is still being computed; wait for look().result(), or look at another one")
             self._index, self._dtype = index, chosen
             self._caption()
-            if "error" in self.status:
-                self.status = {key: value for key, value in self.status.items() if key != "error"}
+            self._forgive()
 
     def look(self) -> Job:
         """Compute the rest in the background: other dtypes, the smoothed function, mean field, the Jacobian."""
         with self._lock:
             if self._job is None:
                 self._job = Job(self._work, self._followed)
-                self.status = {**self.status, "phase": "running", "text": "Computing ...", "at": time.time()}
+                self._say("Computing ...", phase="running")
                 self._job.start()
             return self._job
 
@@ -137,9 +130,8 @@ class VanishingMicroscope(anywidget.AnyWidget):
         """Return a static figure of the view."""
         return self.found.figure(self.beta, self._dtype)
 
-    def state(self) -> dict[str, Any]:
-        """Return the view as a small dictionary of primitives (no arrays); see `from_state`."""
-        return {"widget": "VanishingMicroscope", "version": 1, "beta": self.beta, "dtype": self._dtype}
+    def _kept(self) -> dict[str, Any]:
+        return {"beta": self.beta, "dtype": self._dtype}
 
     @classmethod
     def from_state(cls, state: object, net: nn.Module, x: Tensor, y: Tensor) -> VanishingMicroscope:
@@ -148,45 +140,24 @@ class VanishingMicroscope(anywidget.AnyWidget):
         Raises:
             InputError: for anything that `state()` does not write.
         """
-        state = parse_json(state)
-        if not isinstance(state, dict) or set(state) != {"widget", "version", "beta", "dtype"}:
-            raise InputError("the state is not one of VanishingMicroscope.state(): widget, version, beta and dtype.")
-        if (state["widget"], state["version"]) != ("VanishingMicroscope", 1) or isinstance(state["version"], bool):
-            raise InputError(
-                f"the state is of {state['widget']!r:.40} version {state['version']!r:.20}; expected 'VanishingMicroscope' "
-                "version 1."
-            )
-        return cls(net, x, y, _number(state["beta"]), state["dtype"])
+        settings = cls._read(state, ("beta", "dtype"))
+        return cls(net, x, y, _number(settings["beta"]), settings["dtype"])
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Add what a reader without the kernel sees: a picture, and its numbers in words."""
-        bundle = super()._repr_mimebundle_(**kwargs)
-        data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
-        data["text/plain"] = f"VanishingMicroscope. {self.caption}"
-        if self._job is not None:  # before that a picture would only delay the first paint
-            buffer = io.BytesIO()
-            figure = self.figure()
-            figure.savefig(buffer, format="png")
-            data["image/png"] = base64.b64encode(buffer.getvalue()).decode()
-            metadata["image/png"] = {"alt": str(figure.get_label())}
-        return data, metadata
+    def _pictured(self) -> bool:
+        return self._job is not None
 
     # ---- messages from the browser ------------------------------------------------------------------------------------
 
-    def _on_message(self, _: Any, content: Any, __: Any) -> None:
-        """Act on a message; what is wrong with it is shown, never raised into the kernel's loop."""
-        try:
-            kind = content.get("type") if isinstance(content, dict) else None
-            if kind == "ready":
-                self.look()
-            elif kind == "set":
-                self.set(content.get("beta"), content.get("dtype"))
-            elif kind == "stop":
-                self.stop()
-            else:
-                raise InputError(f"the view sent an unknown message {kind!r:.40}.")
-        except Exception as error:
-            self._complain(error)
+    def _act(self, kind: object, content: Any) -> bool:
+        if kind == "ready":
+            self.look()
+        elif kind == "set":
+            self.set(content.get("beta"), content.get("dtype"))
+        elif kind == "stop":
+            self.stop()
+        else:
+            return False
+        return True
 
     # ---- state of the view ----------------------------------------------------------------------------------------------
 
@@ -203,7 +174,7 @@ class VanishingMicroscope(anywidget.AnyWidget):
                     job.status, "Failed."
                 )
                 phase = "idle"
-            self.status = {"phase": phase, "text": text, "fraction": job.fraction, "at": time.time()}
+            self._say(text, phase=phase, fraction=job.fraction)
             if job.error is not None:
                 self._complain(job.error)
 
@@ -253,11 +224,6 @@ class VanishingMicroscope(anywidget.AnyWidget):
     def _caption(self) -> None:
         self.settings = {"index": self._index, "dtype": self._dtype}
         self.caption = self.found.summary(self.beta, self._dtype)
-
-    def _complain(self, error: BaseException) -> None:
-        """Show an error: one message for what a user can act on, with its kind for what is a bug."""
-        told = str(error) if isinstance(error, QlabError) else f"{type(error).__name__}: {error}"
-        self.status = {**self.status, "error": told, "at": time.time()}
 
 
 def _order(dtype: object) -> tuple[str, ...]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 
-from tests.browser.conftest import ARTIFACTS, Lab, write_notebook
-from tests.browser.test_studio import keep, open_notebook, run_first_cell
+from tests.browser import pages
+from tests.browser.conftest import Lab
+from tests.browser.pages import WAIT_MS, keep
 
 pytestmark = pytest.mark.browser
 
+picture = partial(pages.picture, view=".ql-attribution")
+
 VIEW = ".ql-attribution[data-painted=true]"
-WAIT_MS = 180_000
 NET = """import torch, qlab
 from torch import nn
 from sklearn.datasets import load_digits
@@ -38,16 +41,7 @@ SHOW = (
 
 def show(page: Any, lab: Lab, name: str, *more: str) -> None:
     """Open a notebook that trains two nets, and run the cell that shows the view."""
-    write_notebook(lab.root / name, NET, SHOW, *more)
-    open_notebook(page, lab, name)
-    run_first_cell(page)
-    page.wait_for_selector('.jp-InputPrompt:has-text("[1]:")', timeout=WAIT_MS)
-    page.evaluate(
-        f"""() => {{ const began = performance.now(); const look = () => document.querySelector('{VIEW} canvas[role=img]')
-            ? (window.painted = performance.now() - began) : requestAnimationFrame(look); look(); }}"""
-    )
-    page.keyboard.press("Shift+Enter")
-    page.wait_for_function("window.painted !== undefined")
+    pages.show(page, lab, name, f"{VIEW} canvas[role=img]", NET, SHOW, *more)
 
 
 def done(page: Any) -> None:
@@ -58,13 +52,8 @@ def done(page: Any) -> None:
     )
 
 
-def picture(page: Any, name: str) -> None:
-    ARTIFACTS.mkdir(exist_ok=True)
-    page.locator(".ql-attribution").screenshot(path=str(ARTIFACTS / name))
-
-
 def test_a_guess_comes_before_ranks_and_verdicts(page: Any, lab: Lab, theme: str) -> None:
-    show(page, lab, f"guard-{theme}.ipynb", "print('best', v.twins.quantized_net.best(v.settings['example']))")
+    show(page, lab, f"guard-{theme}.ipynb", "print('in Python', v.twins.quantized_net.best(v.settings['example']))")
     keep(f"attribution-first-paint-{theme}.json", {"first_paint_s": page.evaluate("window.painted") / 1000})
     done(page)
     root = page.locator(".ql-attribution")
@@ -84,8 +73,8 @@ def test_a_guess_comes_before_ranks_and_verdicts(page: Any, lab: Lab, theme: str
     picture(page, f"attribution-told-{theme}.png")
     page.locator(".jp-CodeCell .cm-content").nth(2).click()
     page.keyboard.press("Shift+Enter")
-    page.wait_for_selector('.jp-OutputArea-output:has-text("best")')
-    best = page.locator(".jp-OutputArea-output", has_text="best").last.inner_text().split()[1]
+    page.wait_for_selector('.jp-OutputArea-output:has-text("in Python")')
+    best = page.locator(".jp-OutputArea-output", has_text="in Python").last.inner_text().split()[2]
     titles = {"saliency": "Saliency", "integrated_gradients": "Integrated gradients", "deeplift": "DeepLift"}
     assert root.get_by_text("★").inner_text() == f"★ {titles.get(best, 'Grad-CAM')}"
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 
-from tests.browser.conftest import ARTIFACTS, Lab, write_notebook
-from tests.browser.test_studio import keep, open_notebook, run_first_cell
+from tests.browser import pages
+from tests.browser.conftest import Lab
+from tests.browser.pages import WAIT_MS, colours, is_theme, keep
 
 pytestmark = pytest.mark.browser
 
+picture = partial(pages.picture, view=".ql-bitlab")
+
 BITLAB = ".ql-bitlab[data-painted=true]"
 MINUS = "\N{MINUS SIGN}"
-WAIT_MS = 180_000  # patience with a busy machine that first has to import PyTorch and compile kernels
 NET = """import torch, qlab
 from qlab.quantizers import Sign
 torch.manual_seed(0)
@@ -26,23 +29,11 @@ net = qlab.harden(qlab.quantize(net, Sign, Sign, ("first", "last")))
 x = torch.randn(16, 1, 28, 28)
 packed = qlab.binary.compile(net, x)"""
 SHOW = "from qlab.widgets import BitLab\nlab = BitLab(packed, x)\nlab"
-COLOURS = """() => { const c = document.querySelector('.ql-bitlab canvas.ql-picture');
-    const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; const seen = new Set();
-    for (let i = 0; i < d.length; i += 4) seen.add(`${d[i]},${d[i + 1]},${d[i + 2]}`); return seen.size; }"""
 
 
 def show(page: Any, lab: Lab, name: str, *more: str) -> None:
     """Open a notebook that compiles a net, and run the cell that shows its BitLab."""
-    write_notebook(lab.root / name, NET, SHOW, *more)
-    open_notebook(page, lab, name)
-    run_first_cell(page)
-    page.wait_for_selector('.jp-InputPrompt:has-text("[1]:")', timeout=WAIT_MS)
-    page.evaluate(
-        f"""() => {{ const began = performance.now(); const look = () => document.querySelector('{BITLAB}')
-            ? (window.painted = performance.now() - began) : requestAnimationFrame(look); look(); }}"""
-    )
-    page.keyboard.press("Shift+Enter")
-    page.wait_for_function("window.painted !== undefined")
+    pages.show(page, lab, name, BITLAB, NET, SHOW, *more)
 
 
 def ready(page: Any) -> None:
@@ -50,14 +41,9 @@ def ready(page: Any) -> None:
     page.wait_for_function("() => !document.querySelector('.ql-guesses').disabled", timeout=WAIT_MS)
 
 
-def picture(page: Any, name: str) -> None:
-    ARTIFACTS.mkdir(exist_ok=True)
-    page.locator(".ql-bitlab").screenshot(path=str(ARTIFACTS / name))
-
-
 def test_bits_are_painted_at_once(page: Any, lab: Lab) -> None:
     show(page, lab, "bits-paint.ipynb")
-    assert page.evaluate(COLOURS) >= 3  # -1, +1 and padding
+    assert colours(page, ".ql-bitlab canvas.ql-picture") >= 3  # -1, +1 and padding
     assert page.locator(".ql-bitlab .ql-question").inner_text().endswith("?")
     assert "16 units of 150 signs" in page.locator("canvas.ql-picture").get_attribute("aria-label")
     seconds = page.evaluate("window.painted") / 1000
@@ -67,7 +53,7 @@ def test_bits_are_painted_at_once(page: Any, lab: Lab) -> None:
 
 def test_a_dot_product_is_guessed_and_stepped_through(page: Any, lab: Lab, theme: str) -> None:
     show(page, lab, f"bits-{theme}.ipynb", "print('in Python', lab.product.z)")
-    assert page.evaluate("document.body.dataset.jpThemeLight") == str(theme == "light").lower()
+    assert is_theme(page, theme)
     ready(page)
     following = page.get_by_role("button", name="Next word")
     assert following.is_disabled()  # first the guess
@@ -161,11 +147,7 @@ from qlab.quantizers import Sign
 net = qlab.build("mlp", (784,), 10, hidden=(3072, 3072), seed=0)
 packed = qlab.binary.compile(qlab.harden(qlab.quantize(net, Sign, Sign, ("first", "last"))), torch.randn(2, 784))
 x = torch.randn(2, 784)"""
-    write_notebook(lab.root / "bits-wide.ipynb", wide, SHOW, "lab")
-    open_notebook(page, lab, "bits-wide.ipynb")
-    run_first_cell(page)
-    page.keyboard.press("Shift+Enter")
-    page.wait_for_selector(BITLAB, timeout=WAIT_MS)
+    pages.show(page, lab, "bits-wide.ipynb", BITLAB, wide, SHOW, "lab")
     ready(page)
     assert "Not drawn:" in page.locator(".ql-bitlab").inner_text()
     began = "window.began = performance.now()"
@@ -177,4 +159,4 @@ x = torch.randn(2, 784)"""
     page.keyboard.press("ArrowUp")
     page.wait_for_function("window.redrawn !== undefined")
     keep("bitlab-redraw.json", {"another_unit_s": page.evaluate("window.redrawn") / 1000, "budget_s": 0.1})
-    assert page.evaluate(COLOURS) >= 2
+    assert colours(page, ".ql-bitlab canvas.ql-picture") >= 2

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 
-from tests.browser.conftest import ARTIFACTS, Lab, write_notebook
-from tests.browser.test_studio import keep, open_notebook, run_first_cell
+from tests.browser import pages
+from tests.browser.conftest import Lab
+from tests.browser.pages import WAIT_MS, colours, keep
 
 pytestmark = pytest.mark.browser
 
-EXPLORER = ".ql-explorer[data-painted=true]"
-WAIT_MS = 180_000  # patience with a busy machine that first has to import PyTorch
+picture = partial(pages.picture, view=".ql-explorer")
+
 NET = """import torch, qlab
 from qlab.widgets.landscape import LandscapeExplorer
 from qlab.diagnose.trajectory import trajectory
@@ -29,36 +31,19 @@ for step in range(60):
 net = method.net.eval()
 points.append({n: p.detach().clone() for n, p in net.named_parameters()})"""
 SHOW = "view = LandscapeExplorer(net, x, y)\nview"
-COLOURS = """(name) => { const c = document.querySelector(`[data-function=${name}] canvas`);
-    const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; const seen = new Set();
-    for (let i = 0; i < d.length; i += 4) seen.add(`${d[i]},${d[i + 1]},${d[i + 2]}`); return seen.size; }"""
+PAINTED = "Number(document.querySelector('.ql-explorer')?.dataset.points ?? 0) > 0"
 POINTS = "() => Number(document.querySelector('.ql-explorer').dataset.points)"
 IDLE = "() => document.querySelector('.ql-explorer').dataset.phase === 'idle'"
 
 
 def show(page: Any, lab: Lab, name: str, cell: str = SHOW) -> None:
     """Open a notebook that trains a net, and run the cell that shows its landscape."""
-    write_notebook(lab.root / name, NET, cell)
-    open_notebook(page, lab, name)
-    run_first_cell(page)
-    page.wait_for_selector('.jp-InputPrompt:has-text("[1]:")', timeout=WAIT_MS)
-    page.evaluate(
-        """() => { const began = performance.now(); const look = () =>
-            Number(document.querySelector('.ql-explorer')?.dataset.points ?? 0) > 0
-            ? (window.painted = performance.now() - began) : requestAnimationFrame(look); look(); }"""
-    )
-    page.keyboard.press("Shift+Enter")
-    page.wait_for_function("window.painted !== undefined", timeout=WAIT_MS)
+    pages.show(page, lab, name, PAINTED, NET, cell)
 
 
 def complete(page: Any) -> None:
     page.wait_for_function(f"() => ({POINTS})() === 51 * 51", timeout=WAIT_MS)
     page.wait_for_function(IDLE, timeout=WAIT_MS)
-
-
-def picture(page: Any, name: str) -> None:
-    ARTIFACTS.mkdir(exist_ok=True)
-    page.locator(".ql-explorer").screenshot(path=str(ARTIFACTS / name))
 
 
 def test_a_coarse_surface_comes_first_and_grows_to_the_last_point(page: Any, lab: Lab) -> None:
@@ -67,7 +52,7 @@ def test_a_coarse_surface_comes_first_and_grows_to_the_last_point(page: Any, lab
     seconds = page.evaluate("window.painted") / 1000
     keep("landscape-first-surface.json", {"first_surface_s": seconds, "points": first, "budget_s": 1.0})
     assert seconds < 10.0  # the budget of 1 s is for an idle machine, which a test's is not
-    assert page.evaluate(COLOURS, "latent") > 5
+    assert colours(page, "[data-function=latent] canvas") > 5
     complete(page)
     assert page.locator(".ql-question").inner_text().endswith("?")
 
@@ -77,14 +62,14 @@ def test_the_deployed_surface_is_shown_after_the_guess(page: Any, lab: Lab, them
     complete(page)
     veil = page.locator("[data-function=deployed] .ql-veil")
     assert veil.inner_text() == "Guess first."
-    assert page.evaluate(COLOURS, "deployed") == 1
+    assert colours(page, "[data-function=deployed] canvas") == 1
     assert "deployed loss" not in page.locator(".ql-readout").inner_text()
     picture(page, f"landscape-guess-{theme}.png")
     page.get_by_label("above the latent loss").focus()
     page.keyboard.press("Space")
     assert veil.is_hidden()
     assert "You guessed" in page.locator(".ql-result").inner_text()
-    assert page.evaluate(COLOURS, "deployed") > 20
+    assert colours(page, "[data-function=deployed] canvas") > 20
     assert "Deployed: loss" in page.locator(".ql-caption").inner_text()
     picture(page, f"landscape-2d-{theme}.png")
     page.get_by_label("View", exact=True).select_option("3d")
@@ -134,7 +119,7 @@ def test_cancel_keeps_the_partial_surface_and_refine_completes_it(page: Any, lab
     kept = page.evaluate(POINTS)
     assert 25 <= kept < 51 * 51
     assert "stays" in page.locator(".ql-explorer .ql-status").inner_text()
-    assert page.evaluate(COLOURS, "latent") > 5
+    assert colours(page, "[data-function=latent] canvas") > 5
     picture(page, "landscape-cancelled.png")
     page.get_by_role("button", name="Refine").click()
     page.wait_for_function(f"(kept) => ({POINTS})() > kept", arg=kept, timeout=WAIT_MS)

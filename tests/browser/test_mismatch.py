@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 
-from tests.browser.conftest import ARTIFACTS, Lab, write_notebook
-from tests.browser.test_studio import keep, open_notebook, run_first_cell
+from tests.browser import pages
+from tests.browser.conftest import Lab
+from tests.browser.pages import WAIT_MS, is_theme, keep
 
 pytestmark = pytest.mark.browser
 
+picture = partial(pages.picture, view=".ql-mismatch")
+
 VIEW = ".ql-mismatch[data-painted=true]"
-WAIT_MS = 180_000  # patience with a busy machine that first has to import PyTorch
 FIRST = "import torch, qlab, qlab.quantizers.drawn"
 SHOW = "from qlab.widgets.mismatch import GradientMismatch\nview = GradientMismatch()\nview"
 
 
 def show(page: Any, lab: Lab, name: str, *more: str) -> None:
     """Open a notebook and run the cell that shows the view."""
-    write_notebook(lab.root / name, FIRST, SHOW, *more)
-    open_notebook(page, lab, name)
-    run_first_cell(page)
-    page.wait_for_selector('.jp-InputPrompt:has-text("[1]:")', timeout=WAIT_MS)
-    page.evaluate(
-        f"""() => {{ const began = performance.now(); const look = () => document.querySelector('{VIEW}')
-            ? (window.painted = performance.now() - began) : requestAnimationFrame(look); look(); }}"""
-    )
-    page.keyboard.press("Shift+Enter")
-    page.wait_for_function("window.painted !== undefined")
+    pages.show(page, lab, name, VIEW, FIRST, SHOW, *more)
 
 
 def guess(page: Any, layer: str) -> None:
@@ -39,11 +33,6 @@ def guess(page: Any, layer: str) -> None:
 
 def cosine(page: Any) -> str:
     return str(page.locator(".ql-mismatch").get_attribute("data-cosine"))
-
-
-def picture(page: Any, name: str) -> None:
-    ARTIFACTS.mkdir(exist_ok=True)
-    page.locator(".ql-mismatch").screenshot(path=str(ARTIFACTS / name))
 
 
 def test_the_drawing_is_painted_at_once_and_nothing_is_revealed_before_the_guess(page: Any, lab: Lab) -> None:
@@ -65,7 +54,7 @@ def test_it_is_guessed_drawn_trained_and_taken_home(page: Any, lab: Lab, theme: 
         f"mismatch-{theme}.ipynb",
         "print('at home', view.quantizer().surrogate.derivative(torch.tensor([0.])))",
     )
-    assert page.evaluate("document.body.dataset.jpThemeLight") == str(theme == "light").lower()
+    assert is_theme(page, theme)
     guess(page, "fc")
     assert "You guessed" in page.locator(".ql-mismatch .ql-result").inner_text()
     assert page.locator(".ql-mismatch .ql-spot").count() > 30

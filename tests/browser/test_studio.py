@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from typing import Any
 
 import pytest
 
 from tests.browser.conftest import ARTIFACTS, ROOT, Lab, write_notebook
+from tests.browser.pages import keep, open_notebook, run_first_cell
 
 pytestmark = pytest.mark.browser
 
@@ -18,19 +18,6 @@ TRAIN_MS = 180_000  # patience with a busy machine that first has to import PyTo
 CURVES = """() => Object.fromEntries([...document.querySelectorAll('.ql-charts path[data-points]')]
     .map((path) => [path.dataset.series, { points: Number(path.dataset.points), d: path.getAttribute('d') }]))"""
 HISTOGRAM = "() => document.querySelector('.ql-charts path.ql-outline')?.getAttribute('d') ?? ''"
-
-
-def open_notebook(page: Any, lab: Lab, name: str) -> None:
-    """Open a notebook and wait for its kernel."""
-    page.goto(lab.notebook(name))
-    page.wait_for_selector(".jp-Notebook .jp-Cell")
-    page.wait_for_function("() => document.querySelector('#jp-main-statusbar')?.textContent.includes('| Idle')")
-    page.keyboard.press("Control+B")  # the file browser goes
-
-
-def run_first_cell(page: Any) -> None:
-    page.locator(".jp-CodeCell .cm-content").first.click()
-    page.keyboard.press("Shift+Enter")
 
 
 def train_until(page: Any, condition: str) -> None:
@@ -53,13 +40,6 @@ def timed_stop(page: Any) -> float:
     )
     page.wait_for_function("window.stopped !== undefined")
     return page.evaluate("window.stopped") / 1000
-
-
-def keep(name: str, figures: dict[str, float]) -> None:
-    """Keep measured figures beside the screenshots."""
-    ARTIFACTS.mkdir(exist_ok=True)
-    (ARTIFACTS / name).write_text(json.dumps({key: round(value, 3) for key, value in figures.items()}) + "\n")
-    print(name, figures)
 
 
 def picture(page: Any, name: str) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 
-from tests.browser.conftest import ARTIFACTS, Lab, write_notebook
-from tests.browser.test_studio import keep, open_notebook, run_first_cell
+from tests.browser import pages
+from tests.browser.conftest import Lab
+from tests.browser.pages import WAIT_MS, colours, is_theme, keep
 
 pytestmark = pytest.mark.browser
 
+picture = partial(pages.picture, view=".ql-travel")
+
 TRAVEL = ".ql-travel[data-painted=true]"
-WAIT_MS = 180_000  # patience with a busy machine that first has to import PyTorch and to train
 NET = """import qlab
 from qlab.callbacks import BitHistory
 from qlab.diagnose.course import course
@@ -23,23 +26,11 @@ turned = [i for i in range(60) if course(bits.history, net, x[i:i + 1]).turns]""
 SHOW = """from qlab.widgets.time_travel import TimeTravel
 travel = TimeTravel(bits.history, net, x, example=turned[0])
 travel"""
-COLOURS = """() => { const c = document.querySelector('.ql-travel canvas.ql-picture');
-    const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; const seen = new Set();
-    for (let i = 0; i < d.length; i += 4) seen.add(`${d[i]},${d[i + 1]},${d[i + 2]}`); return seen.size; }"""
 
 
 def show(page: Any, lab: Lab, name: str, *more: str) -> None:
     """Open a notebook that trains a net, and run the cell that shows its TimeTravel."""
-    write_notebook(lab.root / name, NET, SHOW, *more)
-    open_notebook(page, lab, name)
-    run_first_cell(page)
-    page.wait_for_selector('.jp-InputPrompt:has-text("[1]:")', timeout=WAIT_MS)
-    page.evaluate(
-        f"""() => {{ const began = performance.now(); const look = () => document.querySelector('{TRAVEL}')
-            ? (window.painted = performance.now() - began) : requestAnimationFrame(look); look(); }}"""
-    )
-    page.keyboard.press("Shift+Enter")
-    page.wait_for_function("window.painted !== undefined")
+    pages.show(page, lab, name, TRAVEL, NET, SHOW, *more)
 
 
 def ready(page: Any) -> None:
@@ -49,14 +40,9 @@ def ready(page: Any) -> None:
     )
 
 
-def picture(page: Any, name: str) -> None:
-    ARTIFACTS.mkdir(exist_ok=True)
-    page.locator(".ql-travel").screenshot(path=str(ARTIFACTS / name))
-
-
 def test_the_film_is_painted_at_once_and_runs_under_the_arrow_keys(page: Any, lab: Lab) -> None:
     show(page, lab, "travel-film.ipynb")
-    assert page.evaluate(COLOURS) >= 2
+    assert colours(page, ".ql-travel canvas.ql-picture") >= 2
     assert page.locator(".ql-travel .ql-question").inner_text().endswith("?")
     seconds = page.evaluate("window.painted") / 1000
     assert seconds < 3.0  # the budget of 1 s is for an idle machine, which a test's is not
@@ -88,7 +74,7 @@ def test_the_film_is_painted_at_once_and_runs_under_the_arrow_keys(page: Any, la
 
 def test_a_prediction_is_guessed_about_and_its_flips_are_found(page: Any, lab: Lab, theme: str) -> None:
     show(page, lab, f"travel-{theme}.ipynb", "print('in Python', len(travel.answer.minimal), len(travel.answer.steps))")
-    assert page.evaluate("document.body.dataset.jpThemeLight") == str(theme == "light").lower()
+    assert is_theme(page, theme)
     ready(page)
     find = page.get_by_role("button", name="Find the flips")
     assert find.is_disabled()  # first the guess

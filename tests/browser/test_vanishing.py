@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 
-from tests.browser.conftest import ARTIFACTS, Lab, write_notebook
-from tests.browser.test_studio import keep, open_notebook, run_first_cell
+from tests.browser import pages
+from tests.browser.conftest import Lab
+from tests.browser.pages import WAIT_MS, keep
 
 pytestmark = pytest.mark.browser
 
+picture = partial(pages.picture, view=".ql-vanishing")
+
 PAINTED = ".ql-vanishing[data-painted=true]"
-WAIT_MS = 60_000
 NET = """import torch, qlab
 import torch.nn.functional as F
 from qlab.quantizers import Sign
@@ -35,16 +38,7 @@ m"""
 
 def show(page: Any, lab: Lab, name: str, *more: str) -> None:
     """Open a notebook that trains a binary net, and run the cell that shows its microscope."""
-    write_notebook(lab.root / name, NET, SHOW, *more)
-    open_notebook(page, lab, name)
-    run_first_cell(page)
-    page.wait_for_selector('.jp-InputPrompt:has-text("[1]:")', timeout=WAIT_MS)
-    page.evaluate(
-        f"""() => {{ const began = performance.now(); const look = () => document.querySelector('{PAINTED}')
-            ? (window.painted = performance.now() - began) : requestAnimationFrame(look); look(); }}"""
-    )
-    page.keyboard.press("Shift+Enter")
-    page.wait_for_function("window.painted !== undefined", timeout=WAIT_MS)
+    pages.show(page, lab, name, PAINTED, NET, SHOW, *more)
 
 
 def finished(page: Any) -> None:
@@ -53,11 +47,6 @@ def finished(page: Any) -> None:
         " && document.querySelectorAll('.ql-vanishing select option[disabled]').length === 0; }",
         timeout=WAIT_MS,
     )
-
-
-def picture(page: Any, name: str) -> None:
-    ARTIFACTS.mkdir(exist_ok=True)
-    page.locator(".ql-vanishing").screenshot(path=str(ARTIFACTS / name))
 
 
 def test_a_guess_comes_first_and_the_slider_wakes_the_gradient_up(page: Any, lab: Lab, theme: str) -> None:

@@ -120,7 +120,7 @@ def test_the_static_twin_is_a_picture_with_its_numbers_in_words(trained: Studio)
     assert base64.b64decode(data["image/png"]).startswith(b"\x89PNG")
     assert len(data["image/png"]) < 150_000
     assert data["text/plain"] == f"Studio. {trained.caption}"
-    assert metadata["image/png"]["alt"] == trained.caption
+    assert metadata["image/png"]["alt"] == trained.figure().get_label()
     assert "application/vnd.jupyter.widget-view+json" in data
 
 

@@ -142,13 +142,13 @@ def test_state_gives_the_same_view_again(
     for wrong in (
         {},
         {"widget": "BitLab", "version": 1, "beta": 1.0, "dtype": "float32"},
-        microscope.state() | {"beta": "x"},
+        microscope.state() | {"settings": {"beta": "x", "dtype": "float32"}},
         microscope.state() | {"version": True},
     ):
         with pytest.raises(InputError):
             VanishingMicroscope.from_state(wrong, *setting)
     with pytest.raises(UnknownNameError):
-        VanishingMicroscope.from_state(microscope.state() | {"dtype": "<script>"}, *setting)
+        VanishingMicroscope.from_state(microscope.state() | {"settings": {"beta": 1.0, "dtype": "<script>"}}, *setting)
 
 
 def test_the_static_twin_is_a_picture_with_words(microscope: VanishingMicroscope) -> None:

@@ -1,6 +1,7 @@
 // AttributionGuard: maps of a float net and its quantized twin next to exact ablation. State comes from Python, messages go to Python.
 
 import { field, floats, h, octets, select, uid } from "./dom.js";
+import { View, widget } from "./view.js";
 
 const SIDE = 104; // pixels of a map on the page
 const SCALE = 2; // canvas pixels per page pixel
@@ -15,13 +16,13 @@ const NETS = { float: "Float net", quantized: "Quantized twin" };
 const fixed = (value, digits = 2) => (value === null || value === undefined ? "none" : value.toFixed(digits).replace("-", "−"));
 const share = (value) => (value === null || value === undefined ? "all" : `${(100 * value).toFixed(1)} %`);
 
-class View {
+class Attribution extends View {
   constructor(model, root) {
-    this.model = model;
+    super(model);
     this.guess = null;
     this.shown = null;
     this.build(root);
-    this.listen();
+    this.watch();
   }
 
   // ---- page
@@ -87,27 +88,15 @@ class View {
     );
   }
 
-  listen() {
-    const redraw = {
-      "change:settings": () => this.drawPlace(),
-      "change:picture": () => this.drawMaps(),
-      "change:maps": () => this.drawMaps(),
-      "change:status": () => this.drawStatus(),
-      "change:caption": () => this.drawCaption(),
-    };
-    for (const [name, handler] of Object.entries(redraw)) this.model.on(name, handler);
-    this.off = () => Object.entries(redraw).forEach(([name, handler]) => this.model.off(name, handler));
-    for (const handler of Object.values(redraw)) handler();
-    this.root.dataset.painted = "true";
-    this.send({ type: "ready" });
-  }
-
-  close() {
-    this.off();
-  }
-
-  send(message) {
-    this.model.send(message);
+  watch() {
+    const maps = () => this.drawMaps();
+    this.listen({
+      settings: () => this.drawPlace(),
+      picture: maps,
+      maps,
+      status: () => this.drawStatus(),
+      caption: () => this.drawCaption(),
+    });
   }
 
   choose(changes) {
@@ -231,8 +220,7 @@ class View {
     this.run.disabled = busy;
     this.stop.disabled = !busy;
     this.status.textContent = busy ? `${text} ${Math.round(100 * fraction)} %` : text;
-    this.error.textContent = error ?? "";
-    this.error.hidden = !error;
+    this.drawError();
     if (error) this.drawPlace();
   }
 
@@ -310,9 +298,4 @@ function mark(context, code, negative, t, x, y, w, hh) {
   context.restore();
 }
 
-export default {
-  render({ model, el }) {
-    const view = new View(model, el);
-    return () => view.close();
-  },
-};
+export default widget(Attribution);

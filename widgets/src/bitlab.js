@@ -3,19 +3,20 @@
 import { field, h, octets, select, uid } from "./dom.js";
 import { bars, gains, minus, runningSum } from "./sums.js";
 import { halves, ints, Picture, wordRows } from "./words.js";
+import { View, widget } from "./view.js";
 
 const PLAY_MS = 700;
 const SHOWN = 4; // rows of the table of words
 
 const kilobytes = (n) => `${(n / 1024).toLocaleString("en", { maximumFractionDigits: 1 })} KB`;
 
-class View {
+class BitLab extends View {
   constructor(model, root) {
-    this.model = model;
+    super(model);
     this.step = 0;
     this.guess = null;
     this.build(root);
-    this.listen();
+    this.watch();
   }
 
   // ---- page
@@ -104,31 +105,22 @@ class View {
     root.append(this.root);
   }
 
-  listen() {
-    const redraw = {
-      "change:settings": () => this.drawPlace(),
-      "change:weights": () => this.drawPicture(),
-      "change:dot": () => this.restart(),
-      "change:size": () => this.drawSizes(),
-      "change:latency": () => this.drawBars(),
-      "change:crossing": () => this.drawCrossing(),
-      "change:status": () => this.drawStatus(),
-      "change:caption": () => this.drawCaption(),
-    };
-    for (const [name, handler] of Object.entries(redraw)) this.model.on(name, handler);
-    this.off = () => Object.entries(redraw).forEach(([name, handler]) => this.model.off(name, handler));
-    for (const handler of Object.values(redraw)) handler();
-    this.root.dataset.painted = "true";
-    this.send({ type: "ready" });
+  watch() {
+    this.listen({
+      settings: () => this.drawPlace(),
+      weights: () => this.drawPicture(),
+      dot: () => this.restart(),
+      size: () => this.drawSizes(),
+      latency: () => this.drawBars(),
+      crossing: () => this.drawCrossing(),
+      status: () => this.drawStatus(),
+      caption: () => this.drawCaption(),
+    });
   }
 
   close() {
     clearInterval(this.timer);
-    this.off();
-  }
-
-  send(message) {
-    this.model.send(message);
+    super.close();
   }
 
   choose(changes) {
@@ -287,8 +279,7 @@ class View {
     this.measure.cost.disabled = this.measure.crossover.disabled = busy;
     this.measure.stop.disabled = !busy;
     this.status.textContent = busy ? `${text} ${Math.round(100 * fraction)} %` : text;
-    this.error.textContent = error ?? "";
-    this.error.hidden = !error;
+    this.drawError();
     if (error) this.drawPlace(); // a number that was refused goes back to what holds
   }
 
@@ -298,9 +289,4 @@ class View {
   }
 }
 
-export default {
-  render({ model, el }) {
-    const view = new View(model, el);
-    return () => view.close();
-  },
-};
+export default widget(BitLab);

@@ -4,6 +4,7 @@ import { format } from "d3-format";
 
 import { field, floats, h, octets, percent, select, uid } from "./dom.js";
 import { Surface, viridis } from "./surface.js";
+import { View, widget } from "./view.js";
 
 const TITLES = {
   deployed: "deployed: shipped",
@@ -14,16 +15,16 @@ const TITLES = {
 const START = { yaw: -0.6, pitch: 0.6 };
 const read = format(".3~g");
 
-class View {
+class Landscape extends View {
   constructor(model, root) {
-    this.model = model;
+    super(model);
     this.guess = null;
     this.at = null;
     this.view = "2d";
     this.turn = { ...START };
     this.surfaces = {};
     this.build(root);
-    this.listen();
+    this.watch();
   }
 
   // ---- page
@@ -85,28 +86,20 @@ class View {
     root.append(this.root);
   }
 
-  listen() {
-    const redraw = {
-      "change:settings": () => this.drawSettings(),
-      "change:path": () => this.drawSurfaces(),
-      "change:surface": () => this.drawSurfaces(),
-      "change:status": () => this.drawStatus(),
-      "change:caption": () => this.drawCaption(),
-    };
-    for (const [name, handler] of Object.entries(redraw)) this.model.on(name, handler);
-    this.off = () => Object.entries(redraw).forEach(([name, handler]) => this.model.off(name, handler));
-    for (const handler of Object.values(redraw)) handler();
-    this.root.dataset.painted = "true";
-    this.send({ type: "ready" });
+  watch() {
+    const surfaces = () => this.drawSurfaces();
+    this.listen({
+      settings: () => this.drawSettings(),
+      path: surfaces,
+      surface: surfaces,
+      status: () => this.drawStatus(),
+      caption: () => this.drawCaption(),
+    });
   }
 
   close() {
     cancelAnimationFrame(this.frame);
-    this.off();
-  }
-
-  send(message) {
-    this.model.send(message);
+    super.close();
   }
 
   // ---- what a user does
@@ -278,14 +271,13 @@ class View {
   }
 
   drawStatus() {
-    const { phase, text, fraction, error } = this.model.get("status");
+    const { phase, text, fraction } = this.model.get("status");
     const busy = phase === "running";
     this.root.dataset.phase = phase;
     this.buttons.stop.disabled = !busy;
     this.buttons.refine.disabled = busy || fraction >= 1;
     this.status.textContent = text;
-    this.error.textContent = error ?? "";
-    this.error.hidden = !error;
+    this.drawError();
   }
 
   drawCaption() {
@@ -293,9 +285,4 @@ class View {
   }
 }
 
-export default {
-  render({ model, el }) {
-    const view = new View(model, el);
-    return () => view.close();
-  },
-};
+export default widget(Landscape);

@@ -5,19 +5,20 @@ import { scaleLinear } from "d3-scale";
 import { Editor, Primitive } from "./drawing.js";
 import { field, floats, h, select, setOptions, uid } from "./dom.js";
 import { minus, svg } from "./svg.js";
+import { View, widget } from "./view.js";
 
 const PRESETS = ["clipped", "polynomial", "tanh", "erf", "swish", "identity"];
 const SEND_MS = 80;
 const two = (value) => (value === null || value === undefined ? "–" : minus(value.toFixed(2)));
 const share = (value) => (value === null || value === undefined ? "–" : `${Math.round(100 * value)} %`);
 
-class View {
+class Mismatch extends View {
   constructor(model, root) {
-    this.model = model;
+    super(model);
     this.guess = null;
     this.serial = 0;
     this.build(root);
-    this.listen();
+    this.watch();
   }
 
   build(root) {
@@ -82,32 +83,23 @@ class View {
     root.append(this.root);
   }
 
-  listen() {
-    const redraw = {
-      "change:drawing": () => this.drawDrawing(),
-      "change:curves": () => this.drawPrimitive(),
-      "change:layers": () => this.drawLayers(),
-      "change:settings": () => this.drawScatter(),
-      "change:honesty": () => this.drawMeter(),
-      "change:moons": () => this.drawMoons(),
-      "change:code": () => this.drawCode(),
-      "change:status": () => this.drawStatus(),
-      "change:caption": () => this.drawCaption(),
-    };
-    for (const [name, handler] of Object.entries(redraw)) this.model.on(name, handler);
-    this.off = () => Object.entries(redraw).forEach(([name, handler]) => this.model.off(name, handler));
-    for (const handler of Object.values(redraw)) handler();
-    this.root.dataset.painted = "true";
-    this.send({ type: "ready" });
+  watch() {
+    this.listen({
+      drawing: () => this.drawDrawing(),
+      curves: () => this.drawPrimitive(),
+      layers: () => this.drawLayers(),
+      settings: () => this.drawScatter(),
+      honesty: () => this.drawMeter(),
+      moons: () => this.drawMoons(),
+      code: () => this.drawCode(),
+      status: () => this.drawStatus(),
+      caption: () => this.drawCaption(),
+    });
   }
 
   close() {
     clearTimeout(this.timer);
-    this.off();
-  }
-
-  send(message) {
-    this.model.send(message);
+    super.close();
   }
 
   // ---- drawing
@@ -231,14 +223,13 @@ class View {
   // ---- status
 
   drawStatus() {
-    const { phase, text, fraction, error } = this.model.get("status");
+    const { phase, text, fraction } = this.model.get("status");
     const busy = phase === "training";
     this.root.dataset.phase = phase;
     this.train.disabled = busy;
     this.stop.disabled = !busy;
     this.status.textContent = busy ? `${text} (${Math.round(100 * fraction)} %)` : text;
-    this.error.textContent = error ?? "";
-    this.error.hidden = !error;
+    this.drawError();
   }
 
   drawCaption() {
@@ -306,9 +297,4 @@ function accuracy({ steps, accuracies }) {
   return chart;
 }
 
-export default {
-  render({ model, el }) {
-    const view = new View(model, el);
-    return () => view.close();
-  },
-};
+export default widget(Mismatch);

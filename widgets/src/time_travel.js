@@ -3,6 +3,7 @@
 import { LineChart } from "./chart.js";
 import { field, floats, h, percent, select, uid } from "./dom.js";
 import { Film, FilmPicture } from "./film.js";
+import { View, widget } from "./view.js";
 
 const PLAY_MS = 80;
 const NAMED = 4; // flips that are named below the picture
@@ -14,13 +15,13 @@ const GUESSES = [
 
 const signed = (v, digits = 3) => (v === null ? "–" : Number(v.toPrecision(digits)).toString().replace("-", "−"));
 
-class View {
+class TimeTravel extends View {
   constructor(model, root) {
-    this.model = model;
+    super(model);
     this.mode = "signs";
     this.guess = null;
     this.build(root);
-    this.listen();
+    this.watch();
   }
 
   // ---- page
@@ -114,32 +115,23 @@ class View {
     root.append(this.root);
   }
 
-  listen() {
-    const redraw = {
-      "change:frames": () => this.load(),
-      "change:settings": () => this.drawPlace(),
-      "change:rate": () => this.drawRate(),
-      "change:swings": () => this.drawSwings(),
-      "change:prediction": () => this.drawCourse(),
-      "change:found": () => this.drawFound(),
-      "change:status": () => this.drawStatus(),
-      "change:caption": () => this.drawCaption(),
-    };
-    for (const [name, handler] of Object.entries(redraw)) this.model.on(name, handler);
-    this.off = () => Object.entries(redraw).forEach(([name, handler]) => this.model.off(name, handler));
-    for (const handler of Object.values(redraw)) handler();
-    this.root.dataset.painted = "true";
-    this.send({ type: "ready" });
+  watch() {
+    this.listen({
+      frames: () => this.load(),
+      settings: () => this.drawPlace(),
+      rate: () => this.drawRate(),
+      swings: () => this.drawSwings(),
+      prediction: () => this.drawCourse(),
+      found: () => this.drawFound(),
+      status: () => this.drawStatus(),
+      caption: () => this.drawCaption(),
+    });
   }
 
   close() {
     clearInterval(this.timer);
     for (const chart of [this.rateChart, this.courseChart, this.marginChart]) chart.close();
-    this.off();
-  }
-
-  send(message) {
-    this.model.send(message);
+    super.close();
   }
 
   choose(changes) {
@@ -316,8 +308,7 @@ class View {
     this.find.disabled = busy || this.guess === null || answered;
     this.halt.disabled = !busy;
     this.status.textContent = busy ? `${text} ${percent(fraction, 0)}` : text;
-    this.error.textContent = error ?? "";
-    this.error.hidden = !error;
+    this.drawError();
     if (error) this.drawPlace(); // a number that was refused goes back to what holds
   }
 
@@ -326,9 +317,4 @@ class View {
   }
 }
 
-export default {
-  render({ model, el }) {
-    const view = new View(model, el);
-    return () => view.close();
-  },
-};
+export default widget(TimeTravel);

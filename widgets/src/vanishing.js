@@ -3,6 +3,7 @@
 
 import { field, floats, h, select, setOptions, uid } from "./dom.js";
 import { gapPlot, lostPlot, normPlot, spectrumPlot } from "./gradients.js";
+import { View, widget } from "./view.js";
 
 const SAY_MS = 120; // after the last move of the slider
 const REGIMES = { healthy: "in the right direction", wrong: "in the wrong direction", zero: "exactly zero" };
@@ -10,12 +11,12 @@ const REGIMES = { healthy: "in the right direction", wrong: "in the wrong direct
 const percent = (value) => (value === null || value === undefined ? "–" : `${(100 * value).toFixed(0)} %`);
 const number = (value) => (value === null || value === undefined ? "–" : Number(value.toPrecision(3)).toLocaleString("en"));
 
-class View {
+class Vanishing extends View {
   constructor(model, root) {
-    this.model = model;
+    super(model);
     this.guess = null;
     this.build(root);
-    this.listen();
+    this.watch();
   }
 
   // ---- page
@@ -61,38 +62,27 @@ class View {
     root.append(this.root);
   }
 
-  listen() {
-    const all = () => this.take();
-    const redraw = {
-      "change:layers": () => this.drawTable(),
-      "change:grid": all,
-      "change:curves": all,
-      "change:smoothed": all,
-      "change:expected": all,
-      "change:gaps": all,
-      "change:spectrum": all,
-      "change:settings": () => this.follow(),
-      "change:status": () => this.drawStatus(),
-      "change:caption": () => this.drawCaption(),
-    };
-    for (const [name, handler] of Object.entries(redraw)) this.model.on(name, handler);
-    this.off = () => Object.entries(redraw).forEach(([name, handler]) => this.model.off(name, handler));
+  watch() {
     this.view = { ...this.model.get("settings") };
-    this.drawTable();
-    this.take();
-    this.drawStatus();
-    this.root.dataset.painted = "true";
-    this.send({ type: "ready" });
+    const all = () => this.take();
+    this.listen({
+      layers: () => this.drawTable(),
+      grid: all,
+      curves: all,
+      smoothed: all,
+      expected: all,
+      gaps: all,
+      spectrum: all,
+      settings: () => this.follow(),
+      status: () => this.drawStatus(),
+      caption: () => this.drawCaption(),
+    });
   }
 
   close() {
     clearTimeout(this.timer);
     cancelAnimationFrame(this.taking);
-    this.off();
-  }
-
-  send(message) {
-    this.model.send(message);
+    super.close();
   }
 
   // ---- what is chosen
@@ -213,13 +203,12 @@ class View {
   }
 
   drawStatus() {
-    const { phase, text, fraction, error } = this.model.get("status");
+    const { phase, text, fraction } = this.model.get("status");
     const busy = phase !== "idle";
     this.root.dataset.phase = phase;
     this.stop.hidden = !busy;
     this.status.textContent = busy ? `${text} ${Math.round(100 * fraction)} %` : text;
-    this.error.textContent = error ?? "";
-    this.error.hidden = !error;
+    this.drawError();
   }
 
   drawCaption() {
@@ -229,9 +218,4 @@ class View {
   }
 }
 
-export default {
-  render({ model, el }) {
-    const view = new View(model, el);
-    return () => view.close();
-  },
-};
+export default widget(Vanishing);
