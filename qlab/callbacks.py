@@ -183,7 +183,24 @@ def _is_sign(tensor: Tracked, t: QuantizedTensor) -> bool:
     return all(torch.equal(t.quantizer.hard(u), torch.where(u >= 0, high, low).to(u.dtype)) for u in probes)
 
 
-class MismatchProbe(pl.Callback):
+class _Periodic(pl.Callback):
+    """A callback that has something to do every so many optimizer steps, in the first process."""
+
+    def __init__(self, every: int) -> None:
+        _positive("every", every)
+        self.every = every
+        self._last = 0  # before the first step there is nothing to see; batches that are accumulated end at step 0 too
+
+    def _due(self, trainer: pl.Trainer) -> bool:
+        """Return whether it is time; once for each such step, though a step may take several batches."""
+        step = trainer.global_step
+        if step % self.every or step == self._last or not trainer.is_global_zero:
+            return False
+        self._last = step
+        return True
+
+
+class MismatchProbe(_Periodic):
     """Log how well the back-propagated gradient agrees with exact differences of the deployed net.
 
     Every `every` steps one layer, the next in turn, is looked at: `quant/mismatch/<layer>` is the cosine of
@@ -201,20 +218,18 @@ class MismatchProbe(pl.Callback):
     """
 
     def __init__(self, every: int = 300, weights: int = 48, examples: int = 16, seed: int = 0) -> None:
-        for name, value in (("every", every), ("weights", weights), ("examples", examples)):
+        super().__init__(every)
+        for name, value in (("weights", weights), ("examples", examples)):
             _positive(name, value)
-        self.every, self.weights, self.examples, self.seed = every, weights, examples, seed
-        self._last = -1
+        self.weights, self.examples, self.seed = weights, examples, seed
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Probe one layer, if it is time."""
-        step = trainer.global_step
-        if step % self.every or step == self._last or not trainer.is_global_zero:
+        if not self._due(trainer):
             return
-        self._last = step
-        net = plain(pl_module)
+        step, net = trainer.global_step, plain(pl_module)
         if next(quantizers(net), None) is None:
             return
         hard = harden(net)
@@ -240,7 +255,7 @@ class MismatchProbe(pl.Callback):
             _log(trainer, {f"quant/mismatch/{layer}": cosine})
 
 
-class AnnealLog(pl.Callback):
+class AnnealLog(_Periodic):
     """Log the scheduled quantities that were in force, and the learning rate.
 
     `quant/anneal/<quantity>` is what the first quantizer that has it computed with in the last step; `quant/anneal/lr` the
@@ -254,18 +269,14 @@ class AnnealLog(pl.Callback):
     """
 
     def __init__(self, every: int = 25) -> None:
-        _positive("every", every)
-        self.every = every
-        self._last = -1
+        super().__init__(every)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log a row, if it is time."""
-        step = trainer.global_step
-        if step % self.every or step == self._last or not trainer.is_global_zero:
+        if not self._due(trainer):
             return
-        self._last = step
         values = dict(_scheduled(pl_module))
         for optimizer in trainer.optimizers[:1]:
             values["lr"] = float(optimizer.param_groups[0]["lr"])

@@ -291,23 +291,18 @@ def _row(name: str, maps: Attributions, i: int) -> dict[str, Any]:
 
 
 def _cell(m: AttributionMap, maps: Attributions, i: int) -> dict[str, Any]:
-    import numpy as np
+    from qlab.diagnose.attribution_maps import marks, plane
 
-    from qlab.diagnose.attribution_maps import plane
-
-    codes = m.zeros[i][maps.groups]
-    codes = codes.max(0) if codes.ndim == 3 else codes
-    known = m.rank_ablation[~np.isnan(m.rank_ablation)]
     return {
         "method": m.method,
         "title": m.title,
         "explains": m.explains,
         "scores": _bytes(plane(m.scores[i][maps.groups])),
-        "zeros": codes.astype("u1").tobytes(),
+        "zeros": marks(m.zeros[i][maps.groups]).tobytes(),
         "complete": m.complete,
         "relative": _number(m.relative[i]),
         "rank": _number(m.rank_ablation[i]),
-        "median": _number(float(np.median(known)) if len(known) else float("nan")),
+        "median": _number(m.median_rank),
         "silent": bool(m.silent[i]),
         "verdict": m.verdict.word,
         "reason": m.verdict.reason,

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor, nn
 
-    from qlab.diagnose.signal import Wake
     from qlab.diagnose.vanishing import Vanishing
+    from qlab.diagnose.wake import Wake
 
 __all__ = ["VanishingMicroscope"]
 
@@ -106,6 +106,8 @@ class VanishingMicroscope(View):
             chosen = self._dtype if dtype is None else dtype
             if chosen not in self.found.wakes:
                 _order(chosen)
+                if chosen in self.found.failed:
+                    raise InputError(self.found.failed[chosen])
                 raise InputError(f"{chosen} is still being computed; wait for look().result(), or look at another one")
             self._index, self._dtype = index, chosen
             self._caption()
@@ -179,6 +181,8 @@ class VanishingMicroscope(View):
                 self._complain(job.error)
 
     def _show(self) -> None:
+        from qlab.diagnose.vanishing import smallest
+
         found, s = self.found, self.found.layers
         means = [None] * len(s.names) if found.jacobian is None else [float(m) for m in found.jacobian.mean]
         self.layers = [
@@ -197,17 +201,16 @@ class VanishingMicroscope(View):
             "betas": [float(b) for b in found.betas],
             "dtypes": list(_order(self._dtype)),
             "thresholds": {name: list(found.thresholds(name)) for name in found.wakes},
-            "smallest": {name: _smallest(name) for name in found.wakes},
+            "smallest": {name: smallest(name) for name in found.wakes},
             "examples": int(s.gap.size),
             "left_out": self._examples - int(s.gap.size),
             "k": found.k,
         }
         self.curves = {n: _curve(w) | {"regimes": _bytes(found.regimes(n))} for n, w in found.wakes.items()}
         self.smoothed = {} if found.smoothed is None else _curve(found.smoothed)
-        predicted = found.predicted
-        if predicted is not None:
-            rows = [found.expected(float(beta)) for beta in found.betas]
-            self.expected = _logs(np.stack([row for row in rows if row is not None]))
+        expected = found.log_expected()
+        if expected is not None:
+            self.expected = _bytes(expected)
         edges, shares, wrong = found.gaps()
         self.gaps = {"edges": _bytes(edges), "shares": _bytes(shares), "misclassified": wrong}
         if found.jacobian is not None:
@@ -244,12 +247,7 @@ def _number(value: object) -> float:
 
 def _curve(w: Wake) -> dict[str, Any]:
     """Return quartiles of norms (3, K, L) as log10 and shares lost (K, L): float32 cannot hold what float64 has."""
-    return {"norms": _logs(np.quantile(w.gradient, [0.25, 0.5, 0.75], axis=2)), "lost": _bytes(w.lost)}
-
-
-def _logs(values: np.ndarray) -> bytes:
-    with np.errstate(divide="ignore"):
-        return _bytes(np.log10(values))
+    return {"norms": _bytes(w.log_quartiles()), "lost": _bytes(w.lost)}
 
 
 def _bytes(values: np.ndarray) -> bytes:
@@ -258,13 +256,3 @@ def _bytes(values: np.ndarray) -> bytes:
 
 def _share(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
-
-
-def _smallest(name: str) -> float:
-    """Return log10 of the smallest positive number of a dtype."""
-    import torch
-
-    from qlab.diagnose.vanishing import DTYPES
-
-    info = torch.finfo(DTYPES[name])
-    return float(np.log10(info.tiny) + np.log10(info.eps))

@@ -50,10 +50,9 @@ def _parser() -> argparse.ArgumentParser:
         description="Compile a checkpoint's deployed net to packed bits, compare every backend on a batch, and write the net. "
         "Exit status: 0 all backends gave the same bits, 3 they differ.",
     )
-    pack.add_argument("checkpoint", metavar="CKPT", help="a checkpoint of `qlab fit`; nothing in it is executed")
+    _checkpoint_options(pack)
     pack.add_argument("--out", metavar="FILE", help="default: the checkpoint's name with .safetensors")
     pack.add_argument("--onnx", metavar="FILE", help="also write the simulation as ONNX (needs the extra onnx)")
-    pack.add_argument("--data", metavar="NAME", help="default: what the net was trained on, if config.yaml says it")
     pack.add_argument(
         "--product",
         choices=("unpack", "sums"),
@@ -67,8 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Examine a checkpoint's deployed and training-time net on test data, and name what is wrong with them, the "
         "likeliest cause first. Exit status: 0, whatever is found.",
     )
-    diagnose.add_argument("checkpoint", metavar="CKPT", help="a checkpoint of `qlab fit`; nothing in it is executed")
-    diagnose.add_argument("--data", metavar="NAME", help="default: what the net was trained on, if config.yaml says it")
+    _checkpoint_options(diagnose)
     diagnose.add_argument("--examples", type=int, default=256, metavar="N", help="of the batch; default: 256")
     diagnose.add_argument("--json", metavar="FILE", help="also write the findings here")
 
@@ -106,6 +104,12 @@ def _parser() -> argparse.ArgumentParser:
         "--json", metavar="FILE", help="write the result here; {device} in the name becomes the device's"
     )
     return parser
+
+
+def _checkpoint_options(command: argparse.ArgumentParser) -> None:
+    """Add the options of a command that takes a checkpoint and its data."""
+    command.add_argument("checkpoint", metavar="CKPT", help="a checkpoint of `qlab fit`; nothing in it is executed")
+    command.add_argument("--data", metavar="NAME", help="default: what the net was trained on, if config.yaml says it")
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -8,9 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlab.cli.choice import beside
-from qlab.cli.packing import _data
-from qlab.data import DATA
+from qlab.cli.checkpoint import named_data, opened
 from qlab.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,20 +33,14 @@ def diagnose(options: argparse.Namespace) -> int:
         raise InputError(f"{target} cannot be written; name a file in a folder that exists")
     if options.examples < 16:
         raise InputError(f"a batch of {options.examples} examples tells too little; expected at least 16")
-    saved = beside(options.checkpoint).get("data")
-    name = options.data or (saved or {}).get("name")
-    if name is not None:
-        _ = DATA[name]  # an unknown name is said before torch is imported
+    given = named_data(options)
 
     from qlab.diagnose.doctor import doctor
-    from qlab.methods import checkpoints
 
-    method = checkpoints.load(options.checkpoint)
-    if name is None:
+    method, data = opened(options.checkpoint, given)
+    if data is None:
         raise InputError("a diagnosis needs data, and there is no config.yaml beside the checkpoint: say --data NAME")
-    shape = method.hparams["net"]["input_shape"]
-    data = _data(name, saved if not options.data or (saved or {}).get("name") == name else None, shape)
-    assert data is not None
+    name = given["name"]
     split = data.split("test")
     x, y = data.transform(split.x[: options.examples]), split.y[: options.examples]
     deployed = method.deployed(data.calibration(method.calibration_batches))

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from qlab.cli.choice import beside
+from qlab.cli.checkpoint import named_data, opened
 from qlab.cli.shelves import lines
-from qlab.data import DATA
 from qlab.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,17 +33,12 @@ def pack(options: argparse.Namespace) -> int:
     for path in (target, *([Path(options.onnx)] if options.onnx else [])):
         if not path.parent.is_dir() or path.is_dir():
             raise InputError(f"{path} cannot be written; name a file in a folder that exists")
-    saved = beside(options.checkpoint).get("data")
-    name = options.data or (saved or {}).get("name")
-    if name is not None:
-        _ = DATA[name]  # an unknown name is said before torch is imported
+    given = named_data(options)
 
     from qlab import binary
-    from qlab.methods import checkpoints
 
-    method = checkpoints.load(options.checkpoint)
+    method, data = opened(options.checkpoint, given)
     shape = method.hparams["net"]["input_shape"]
-    data = _data(name, saved if not options.data or (saved or {}).get("name") == name else None, shape)
     net = method.deployed(None if data is None else data.calibration(method.calibration_batches))
     x = _batch(shape, data)
     packed = binary.compile(net, x[:1], options.product)
@@ -58,21 +51,6 @@ def pack(options: argparse.Namespace) -> int:
         binary.export_onnx(packed, x[:1], options.onnx)
         print(f"ONNX        {options.onnx}  {Path(options.onnx).stat().st_size / 1024:,.1f} KB")
     return 0 if certificate.equal else 3
-
-
-def _data(name: str | None, saved: Mapping[str, Any] | None, shape: list[int]) -> DataModule | None:
-    """Return the data set that the net was trained on, or None where nothing says which."""
-    if name is None:
-        return None
-    from qlab import data
-
-    found = data.load(name, **{key: value for key, value in (saved or {}).items() if key != "name"})
-    if list(found.input_shape) != list(shape):
-        raise InputError(
-            f"the net takes inputs of {shape}, but {name} has {list(found.input_shape)}: choose the data set it was trained on "
-            "with --data"
-        )
-    return found
 
 
 def _batch(shape: list[int], data: DataModule | None) -> Tensor:

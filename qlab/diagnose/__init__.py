@@ -41,12 +41,14 @@ from qlab.diagnose.history import History
 from qlab.diagnose.honesty import Circulation, circulating, circulation
 from qlab.diagnose.jacobian import Jacobian, jacobian
 from qlab.diagnose.landscape import Landscape, landscape, load_landscape
-from qlab.diagnose.meanfield import MeanField, meanfield, predicted_gradients
+from qlab.diagnose.meanfield import MeanField, meanfield
+from qlab.diagnose.meanfield_chain import predicted_gradients
 from qlab.diagnose.population import Population
 from qlab.diagnose.quadtree import landscaping
-from qlab.diagnose.signal import Signal, Wake, signal, wake
+from qlab.diagnose.signal import Signal, signal
 from qlab.diagnose.smoothing import Smoothed, smoothed_gradient
 from qlab.diagnose.trajectory import Trajectory, trajectory
+from qlab.diagnose.wake import Wake, wake
 from qlab.diagnose.which_flip import WhichFlip, which_flip
 
 __all__ = [

@@ -4,7 +4,8 @@ r"""How well one vector, a gradient that is believed, agrees with another, the t
     spearman        correlation of the ranks                 of all coordinates, whatever their scale
     sign agreement  share of {i: t_i != 0} with sign g_i = sign t_i       a coin gives 1/2
 
-All three are NaN where a vector is zero or has too few coordinates: then there is nothing to agree with.
+Cosine and rank correlation are NaN where a vector is zero (or constant, for ranks), the sign agreement where the truth is: then
+there is nothing to agree with.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from qlab.diagnose.base import plain
 from qlab.errors import InputError
 
-__all__ = ["Agreement", "agreement", "cosine", "weight_names"]
+__all__ = ["Agreement", "agreement", "checked_index", "cosine", "weight_names"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,25 @@ def weight_names(net: nn.Module) -> dict[str, str]:
     """
     names = {}
     for name, p in plain(net).named_parameters():
-        if p.dim() >= 2 and (p.is_floating_point() or torch.is_complex(p)):
-            short = name.replace(".parametrizations.", ".").removesuffix(".original")
+        if p.dim() >= 2 and p.is_floating_point():
+            short = f".{name}".replace(".parametrizations.", ".").removesuffix(".original").removeprefix(".")
             names[short.removesuffix(".weight")] = name
     return names
+
+
+def checked_index(index: Tensor | None, w: Tensor) -> Tensor:
+    """Return positions (F,) in the flat weight on its device, all of them for None.
+
+    Raises:
+        InputError: no int64 vector, positions out of range, or the same position twice.
+    """
+    if index is None:
+        return torch.arange(w.numel(), device=w.device)
+    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 1 or len(index) == 0:
+        given = f"{index.dtype} of shape {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
+        raise InputError(f"index is {given}; expected positions (F,) in the flat weight, int64")
+    if int(index.min()) < 0 or int(index.max()) >= w.numel():
+        raise InputError(f"index runs from {int(index.min())} to {int(index.max())}; there are {w.numel()} weights")
+    if len(index.unique()) < len(index):
+        raise InputError("index holds a position twice; expected different ones")
+    return index.to(w.device)

@@ -24,7 +24,7 @@ from qlab.diagnose.attribution_maps import AttributionMap, Attributions
 from qlab.diagnose.attribution_methods import METHODS, OUTPUTS, Head, Problem, gradcam_layer
 from qlab.diagnose.base import check
 from qlab.errors import InputError, UnknownNameError
-from qlab.jobs import Update
+from qlab.jobs import Update, last
 from qlab.quantizers.apply import harden
 
 __all__ = ["DEFAULT", "AttributionMap", "Attributions", "attribute", "attributing", "patches"]
@@ -213,6 +213,23 @@ def attribute(
             a method that this net does not allow, with the reason.
         UnknownNameError: for an unknown method or output.
     """
-    settings = (methods, baseline, features, output, layer, relu, steps, samples, noise, window, scores, seed)
-    *_, last = attributing(net, x, target, *settings)
-    return last.value
+    return last(
+        attributing(
+            net,
+            x,
+            target,
+            methods,
+            baseline,
+            features,
+            output,
+            layer,
+            relu,
+            steps,
+            samples,
+            noise,
+            window,
+            scores,
+            seed,
+        ),
+        Attributions,
+    )

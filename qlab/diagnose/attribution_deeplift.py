@@ -27,13 +27,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from qlab.errors import InputError
 
 __all__ = ["deeplift", "nonlinearities", "rescaled"]
 
-_LINEAR = (nn.Identity, nn.Flatten, nn.Unflatten, _DropoutNd, _BatchNorm)
+# Captum's table is of types: a layer of 1 x 1 is elementwise, and would take all layers of its type with it.
+_LINEAR = (nn.Identity, nn.Flatten, nn.Unflatten, nn.Linear, _ConvNd, _DropoutNd, _BatchNorm)
 _TABLE = threading.RLock()  # captum's table is global: one call at a time
 
 
@@ -57,7 +59,7 @@ def rescaled(types: Iterable[type[nn.Module]]) -> Iterator[None]:
 def nonlinearities(net: nn.Module, x: Tensor) -> dict[str, nn.Module]:
     """Return the modules that get the rescale rule: those on captum's table, and every other elementwise leaf.
 
-    Elementwise is measured: where half of a module's input is replaced, the other half of its output stays.
+    Elementwise is measured: where a random half of a module's input is replaced, the other half of its output stays.
 
     Args:
         net: any net.
@@ -98,7 +100,8 @@ def nonlinearities(net: nn.Module, x: Tensor) -> dict[str, nn.Module]:
 
 
 def _elementwise(module: nn.Module, value: Tensor) -> bool:
-    keep = torch.arange(value.numel(), device=value.device).reshape(value.shape) % 2 == 0
+    g = torch.Generator().manual_seed(0)  # not every other one: a channel shuffle moves even places to even places
+    keep = (torch.rand(value.shape, generator=g) < 0.5).to(value.device)
     try:
         y, z = module(value.clone()), module(torch.where(keep, value, value.flip(0, -1) + 1))
     except (RuntimeError, TypeError, ValueError, IndexError):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from qlab.diagnose import guard
 from qlab.diagnose.attribution_maps import AttributionMap, Attributions
@@ -18,6 +18,8 @@ from qlab.diagnose.guard import Explains
 from qlab.quantizers.apply import quantizers
 
 __all__ = ["References"]
+
+ROUNDING = 1e-5  # share of the sum of the scores' magnitudes below which a sum of scores is rounding
 
 
 def _array(t: Tensor) -> NDArray[np.float64]:
@@ -45,7 +47,7 @@ class References:
     same: NDArray[np.bool_]  # (N, M) the feature stands at its baseline
     gradient: Explains
     why: str
-    float_above: bool  # no quantizer runs after Grad-CAM's layer
+    float_above: bool  # no step comes after Grad-CAM's layer
 
     @classmethod
     def of(cls, p: Problem) -> References:
@@ -90,8 +92,9 @@ class References:
         v = values(name, p)
         scores = _by_feature(v, p, info.spread)
         residual = np.abs(scores.sum(1) - self.difference)
-        size = np.abs(self.difference)
-        relative = np.divide(residual, size, out=np.where(residual > 0, np.inf, 0.0), where=size > 0)
+        size = np.maximum(np.abs(self.difference), ROUNDING * np.abs(scores).sum(1))
+        out = np.where(residual == 0, 0.0, np.inf)  # infinite where scores are
+        relative = np.divide(residual, size, out=out, where=np.isfinite(residual) & (size > 0))
         explains: Explains = "deployed"
         if info.asks == "gradient":
             explains = "exact" if name == "layer_gradcam" and self.float_above else self.gradient
@@ -103,7 +106,10 @@ class References:
         nothing = np.full(len(scores), np.nan)
         why = self.why if explains == "surrogate" else ""
         if info.asks == "rescale" and explains == "surrogate":
-            why = "a step of this net is no module of its own, so DeepLift passes it by its backward rule; this cannot be repaired"
+            why = (
+                "the rescale rule does not hold on a step of this net: a function inside forward, which cannot be repaired, or a "
+                "module that is not elementwise, such as a normalization or max pooling with windows that overlap"
+            )
         return AttributionMap(
             method=name,
             explains=explains,
@@ -175,20 +181,39 @@ class References:
         )
 
 
-def _float_above(p: Problem) -> bool:
-    """Return whether the only steps are quantizers of the lab that run before Grad-CAM's layer, so that its gradient is exact."""
-    steps = set(quantizers(p.F))
-    layer = gradcam_layer(p.F.net, p.layer)[1]
-    order: list[object] = []
-    handles = [m.register_forward_hook(lambda m, *_: order.append(m)) for m in (*steps, layer)]
-    try:
-        with torch.no_grad():
-            p.F(p.x[:1])
-    finally:
-        for handle in handles:
+class _Behind(nn.Module):
+    """The net as a function of what a layer returns, at the first of the given inputs."""
+
+    def __init__(self, net: nn.Module, layer: nn.Module, x: Tensor) -> None:
+        super().__init__()
+        self.net, self.layer, self.x = net, layer, x
+
+    def forward(self, A: Tensor) -> Tensor:
+        """Return logits (n, d) of the first n inputs, with A (n, ...) in place of what the layer returns."""
+        handle = self.layer.register_forward_hook(lambda *_: A)
+        try:
+            return self.net(self.x[: len(A)])
+        finally:
             handle.remove()
-    after = order[order.index(layer) + 1 :] if layer in order else order
-    return bool(steps) and not any(m in steps for m in after)
+
+    @torch.no_grad()
+    def outputs(self, x: Tensor) -> list[Tensor]:
+        """Return what the layer returns in one pass, once per call."""
+        found: list[Tensor] = []
+        handle = self.layer.register_forward_hook(lambda _, __, A: found.append(A))
+        try:
+            self.net(x)
+        finally:
+            handle.remove()
+        return found
+
+
+def _float_above(p: Problem) -> bool:
+    """Return whether all steps of the net come before Grad-CAM's layer, so that its gradient is exact."""
+    x, x0, target = p.x[:4], p.x0[:4], p.target[:4]
+    behind = _Behind(p.F.net, gradcam_layer(p.F.net, p.layer)[1], x)
+    A, A0 = behind.outputs(x), behind.outputs(x0)
+    return len(A) == 1 and isinstance(A[0], Tensor) and not guard.hidden_step(behind, A[0], A0[0], target)
 
 
 def _logits(p: Problem) -> Problem:

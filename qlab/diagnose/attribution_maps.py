@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from qlab.plots import Figure
 
-__all__ = ["AttributionMap", "Attributions", "plane"]
+__all__ = ["AttributionMap", "Attributions", "marks", "plane"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class AttributionMap:
         values: (N, *shape) as captum gives them.
         scores: (N, M), a score per feature.
         residual: (N,) |sum of scores - (F(x) - F(x0))|.
-        relative: (N,) residual / |F(x) - F(x0)|.
+        relative: (N,) residual / max(|F(x) - F(x0)|, 1e-5 sum of |scores|): a sum below that is rounding.
         complete: whether the method claims a residual of zero.
         zeros: (N, M) codes of exact zeros; see `qlab.diagnose.guard.zero_codes`.
         silent: (N,), whether the map gives no information on the example.
@@ -62,6 +62,11 @@ class AttributionMap:
     def title(self) -> str:
         """The method's name for readers."""
         return METHODS[self.method].title
+
+    @property
+    def median_rank(self) -> float:
+        """The median of `rank_ablation` over the examples that have an order to compare; NaN where none has."""
+        return _median(self.rank_ablation)
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ class Attributions(Result):
                     "claims_completeness": m.complete,
                     "exact_zeros": float((m.zeros > 0).mean()),
                     "no_information": float(m.silent.mean()),
-                    "rank_ablation": _median(m.rank_ablation),
+                    "rank_ablation": m.median_rank,
                     "rank_flips": _median(m.rank_flips),
                     "infidelity": _median(m.infidelity),
                     "sensitivity_max": _median(m.sensitivity),
@@ -169,6 +174,8 @@ class Attributions(Result):
     def summary(self) -> str:
         """Return which function each map explains, its residual, its rank and its verdict."""
         kind = "with quantized activations" if self.quantized else "with float activations"
+        if self.why and not self.quantized:
+            kind = "whose gradient is not that of its values"
         head = (
             f"{len(self.maps)} maps of the target's {self.output.replace('_', ' ')} of a deployed net {kind}, "
             f"{len(self.x)} examples, "
@@ -182,14 +189,22 @@ def plane(a: NDArray) -> NDArray:
     return a.sum(0) if a.ndim == 3 else a.reshape(1, -1) if a.ndim != 2 else a
 
 
+def marks(zeros: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Return an input's codes of zeros as rows and columns: a pixel is marked where the scores of all its channels are zero."""
+    return plane(np.where(zeros.all(0), zeros.max(0), 0)[None] if zeros.ndim == 3 else zeros).astype(np.uint8)
+
+
 def _told(m: AttributionMap) -> str:
     subject = {
         "deployed": "the deployed net",
         "exact": "the deployed net (exact gradient)",
         "surrogate": "the SURROGATE",
     }[m.explains]
-    rank = _median(m.rank_ablation)
-    order = "no order to compare" if np.isnan(rank) else f"rank correlation with exact ablation {rank:.2f}"
+    order = (
+        "no order to compare"
+        if np.isnan(m.median_rank)
+        else f"rank correlation with exact ablation {m.median_rank:.2f}"
+    )
     gap = f", misses F(x) - F(x0) by {np.median(m.relative):.1%}" if m.complete else ""
     reason = f": {m.verdict.reason}" if m.verdict.reason else ""
     return f"{m.title} explains {subject}{gap}, {order}; verdict: {m.verdict.word}{reason}."

@@ -102,14 +102,17 @@ def _input_x_gradient(p: Problem) -> Tensor:
 
 
 def _smoothgrad(p: Problem) -> Tensor:
-    """The average that captum's NoiseTunnel takes, of noise from a generator of our own: NoiseTunnel draws from the global one."""
+    """The average that captum's NoiseTunnel takes, of noise from a generator of our own: NoiseTunnel draws from the global one.
+
+    All examples get the same noise, or `sensitivity` would measure how far two draws of it lie apart.
+    """
     from captum.attr import Saliency
 
     g = torch.Generator().manual_seed(p.seed)
     spread = p.noise * (p.x.max() - p.x.min())
+    e = torch.randn(p.samples, *p.x.shape[1:], dtype=p.x.dtype, generator=g).to(p.x.device)
     total = torch.empty_like(p.x)
     for i in range(len(p.x)):
-        e = torch.randn(p.samples, *p.x.shape[1:], dtype=p.x.dtype, generator=g).to(p.x.device)
         noisy = p.x[i] + spread * e
         total[i] = Saliency(p.F).attribute(noisy, target=p.target[i].expand(p.samples), abs=False).mean(0)
     return total

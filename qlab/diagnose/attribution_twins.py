@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qlab.diagnose.attribution import Attributions, attributing
-from qlab.diagnose.base import Result
+from qlab.diagnose.base import Result, plain
 from qlab.diagnose.guard import spearman
 from qlab.jobs import Update, last
+from qlab.quantizers.apply import harden
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +40,7 @@ class Twins(Result):
 
     Attributes:
         float_net, quantized_net: the maps of each.
-        same_class: (N,), whether both nets predict the same class.
+        same_class: (N,), whether both deployed nets predict the same class.
         rank: by method (and "exact ablation"), (N,) rank correlation between the twins.
         agreement: by method (and "exact ablation"), (N,) share of the top features they have in common.
     """
@@ -115,7 +116,8 @@ def twinning(
     for a, b in zip(*runs, strict=True):
         if same is None:  # both nets and all arguments have been checked now
             with torch.no_grad():
-                same = (float_net(x).argmax(1) == quantized_net(x).argmax(1)).cpu().numpy()
+                classes = [harden(plain(net))(x).argmax(1) for net in (float_net, quantized_net)]
+            same = (classes[0] == classes[1]).cpu().numpy()
         yield Update(b.fraction, b.text, None if b.value is None else _paired(a.value, b.value, same))
 
 

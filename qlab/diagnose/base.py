@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from html import escape
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from qlab.errors import InputError
 
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 
     from qlab.plots import Figure
 
-__all__ = ["Result", "check", "plain"]
+__all__ = ["Result", "check", "plain", "run_hooked"]
 
 
 class Result(ABC):
@@ -39,11 +42,7 @@ class Result(ABC):
         """Return one paragraph with the numbers in it, and which function they are of."""
 
     def _repr_html_(self) -> str:
-        return f"<p>{_escaped(self.summary())}</p>{self.frame().to_html(max_rows=12)}"
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        return f"<p>{escape(self.summary(), quote=False)}</p>{self.frame().to_html(max_rows=12)}"
 
 
 def plain(net: nn.Module) -> nn.Module:
@@ -101,6 +100,16 @@ def check(net: nn.Module, x: Tensor, y: Tensor | None, labels: bool = True) -> t
     if labels or y is not None:
         _check_labels(y, len(x), z.shape[1])
     return net, z
+
+
+def run_hooked(net: nn.Module, x: Tensor, handles: Iterable[RemovableHandle]) -> None:
+    """Run the net once, without gradients, for what its hooks see, and take the hooks off whatever happens."""
+    try:
+        with torch.no_grad():
+            net(x)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _check_inputs(x: object) -> None:

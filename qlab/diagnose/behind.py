@@ -7,6 +7,7 @@ the layer's outputs and the net's logits from kept values; where it does not, `U
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,15 +16,17 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from qlab.diagnose.functions import Hard, Primitive, Smooth
+from qlab.diagnose.functions import Hard, Primitive, Smooth, steps
 from qlab.diagnose.objective import Objective
+from qlab.errors import InputError
 from qlab.quantizers import Sign, Uniform
 from qlab.quantizers.apply import NONLINEARITIES
 
 __all__ = ["Behind", "Uncut"]
 
 _LEVELS = 16  # of a layer's inputs, up to which a table by level pays
-_ELEMENTWISE = (*NONLINEARITIES, nn.Identity, nn.modules.dropout._DropoutNd, Uniform)
+_ELEMENTWISE = (*NONLINEARITIES, nn.Identity, Uniform)
+TIES = 1e-3  # share of values on a threshold, up to rounding, that chance does not explain
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 Changes = Iterator[tuple[Tensor, Tensor]]
@@ -62,7 +65,7 @@ class Behind:
         memory: numbers that one chunk may take, roughly.
 
     Raises:
-        Uncut: the layer is of another kind, used twice, or the net cannot be traced.
+        Uncut: the layer is of another kind, used twice, the net cannot be traced, or rounding decides its signs.
     """
 
     @torch.no_grad()
@@ -103,8 +106,9 @@ class Behind:
     # ---- where it is cut
 
     def _find_end(self) -> None:
-        """Follow what works unit by unit; `end` is the last of it, `chain` its modules."""
+        """Follow what works unit by unit; `end` is the last of it, `chain` its modules, `links` its nodes."""
         self.chain: list[nn.Module] = []
+        self.links: list[fx.Node] = []
         self.end = self.node
         while len(self.end.users) == 1:
             user = next(iter(self.end.users))
@@ -112,6 +116,7 @@ class Behind:
             if module is None or len(user.args) != 1 or user.kwargs or not self._unitwise(module):
                 break
             self.chain.append(module)
+            self.links.append(user)
             self.end = user
         live: dict[fx.Node, None] = {self.end: None}
         batched: set[fx.Node] = set()
@@ -142,7 +147,7 @@ class Behind:
             return not self.spread and module.start_dim == 1
         if isinstance(module, Sign):  # also one with a drawn surrogate, as long as its forward map is the sign
             return type(module).forward is Sign.forward
-        return type(module) in _ELEMENTWISE or isinstance(module, Primitive | Smooth)
+        return type(module) in _ELEMENTWISE or isinstance(module, Primitive | Smooth | nn.modules.dropout._DropoutNd)
 
     def _check(self) -> None:
         again = self.module(self.a)
@@ -150,13 +155,42 @@ class Behind:
             raise Uncut("the layer's input was written over")
         if not torch.equal(self._through(self.z), self.values[self.end]):
             raise Uncut("what follows the layer does not repeat")
-        n = torch.arange(self.N + 1, device=self.z.device) % self.N  # another number of rows than the batch has
-        z = self._logits(n, {self.end: self.values[self.end][n]})
-        scale = float(self.J.base_logits.abs().max())
-        if z.shape != (len(n), self.J.base_logits.shape[1]) or not torch.allclose(
-            z, self.J.base_logits[n], rtol=1e-5, atol=1e-5 * max(scale, 1e-30)
-        ):
+        # another number of rows than the batch has, the last of them with another value: no other row may notice
+        n = torch.arange(self.N + 1, device=self.z.device) % self.N
+        end = self.values[self.end][n]
+        end[-1] += 1
+        try:
+            z = self._logits(n, {self.end: end})
+        except Exception as error:  # a forward that counts on its batch: sizes written out, a mean over examples
+            raise Uncut(str(error)) from error
+        base = self.J.base_logits
+        atol = 1e-5 * max(float(base.abs().max()), 1e-30)
+        if z.shape != (len(n), base.shape[1]) or not torch.allclose(z[:-1], base, rtol=1e-5, atol=atol):
             raise Uncut("the examples see each other")
+        self._check_ties()
+
+    def _check_ties(self) -> None:
+        """Raise where signs behind the layer see ties, in sums that are rounded.
+
+        Flips keep the parity of a sum of +-alpha, so sums that tie after a flip tie in the batch as it is. Sums of integers are
+        exact, as all are whose values need half of the mantissa only.
+        """
+        for node in (*self.links, *self.after):
+            module = self.modules.get(str(node.target)) if node.op == "call_module" else None
+            if not isinstance(module, Hard) or not isinstance(v := self.values[node.all_input_nodes[0]], Tensor):
+                continue
+            levels = module.quantizer.levels(v.dtype)
+            if levels is None or len(levels) != 2:
+                continue
+            try:
+                gap = (v - steps(module.quantizer)[1].to(v)).abs()
+            except InputError:  # a map that falls, or jumps elsewhere: no threshold is known
+                continue
+            info, size = torch.finfo(v.dtype), v.abs().max()
+            half = 2.0 ** math.ceil(math.log2(info.eps) / 2)
+            short = v / (half * size.clamp(min=info.tiny).log2().ceil().exp2())
+            if float((gap <= 64 * info.eps * size).double().mean()) > TIES and not torch.equal(short, short.round()):
+                raise Uncut("rounding decides ties")
 
     def _input_levels(self) -> Tensor | None:
         if self.spread or self.a.dim() != 2 or not bool((self._alpha()[:, None] == self.w.abs()).all()):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from qlab.diagnose.functions import Hard, Primitive, Smooth
-from qlab.quantizers import Sign, Uniform
+from qlab.quantizers import Quantizer, Sign, Uniform
 
 __all__ = ["CONTINUOUS", "SAME_SHAPE", "chain", "latent_of", "mapped", "plain_map"]
 
@@ -35,9 +35,9 @@ def chain(net: nn.Module, x: Tensor) -> list[tuple[str, nn.Module]] | None:
     """Return the layers of a net in the order they run, where each takes exactly what the one before gave; else None.
 
     The net runs once under hooks: a layer's input must be the very tensor that the last layer returned, unchanged, or a
-    flattened view of it.
+    flattened view of it. A layer with a forward pass or hooks of its own is no link, and every parameter of the net must be
+    one that a link reads: else one that is shared under two names, or stands behind a reparametrization, would be held still.
     """
-    known = (nn.Linear, nn.BatchNorm1d, nn.Flatten, *SAME_SHAPE)
     ran: list[tuple[str, nn.Module, Tensor, Tensor, int, int]] = []
 
     def note(name: str) -> Any:
@@ -49,7 +49,7 @@ def chain(net: nn.Module, x: Tensor) -> list[tuple[str, nn.Module]] | None:
     handles = [
         m.register_forward_hook(note(name))
         for name, m in net.named_modules()
-        if isinstance(m, known) and ".parametrizations." not in f".{name}."
+        if _as_known(m) and ".parametrizations." not in f".{name}."
     ]
     try:
         with torch.no_grad():
@@ -74,7 +74,28 @@ def chain(net: nn.Module, x: Tensor) -> list[tuple[str, nn.Module]] | None:
             return None
     if out is not ran[-1][3] or out._version != ran[-1][5]:
         return None
-    return [(name, module) for name, module, *_ in ran if not isinstance(module, (nn.Flatten, *_NOTHING))]
+    steps = [(name, module) for name, module, *_ in ran if not isinstance(module, (nn.Flatten, *_NOTHING))]
+    return steps if _read(steps) == {name for name, _ in net.named_parameters()} else None
+
+
+def _as_known(module: nn.Module) -> bool:
+    """Whether a module computes what its class is known for: a subclass may have another forward pass, a hook may change it."""
+    base = next(
+        (kind for kind in (nn.Linear, nn.BatchNorm1d, nn.Flatten, *SAME_SHAPE) if isinstance(module, kind)), None
+    )
+    hooked = module._forward_hooks or module._forward_pre_hooks
+    return base is not None and type(module).forward is base.forward and not hooked
+
+
+def _read(steps: list[tuple[str, nn.Module]]) -> set[str]:
+    """Return the names of the parameters that the links read."""
+    found = set()
+    for name, module in steps:
+        if isinstance(module, nn.Linear | nn.BatchNorm1d):
+            found |= {
+                latent_of(name, module, which)[0] for which in ("weight", "bias") if getattr(module, which) is not None
+            }
+    return found
 
 
 def _same(given: Tensor, taken: Tensor) -> bool:
@@ -88,8 +109,10 @@ def _same(given: Tensor, taken: Tensor) -> bool:
 
 
 def plain_map(module: nn.Module) -> bool:
-    """Whether a quantizer is one that is known to work element by element."""
-    return not isinstance(module, Hard) or isinstance(module.quantizer, Sign | Uniform)
+    """Whether a quantizer, if it is one, is known to work element by element, and how; a subclass may have rules of its own."""
+    q = module.quantizer if isinstance(module, Hard) else module
+    known = (Sign, Uniform)
+    return not isinstance(q, Quantizer) or any(type(q).forward is k.forward and type(q).hard is k.hard for k in known)
 
 
 def mapped(module: nn.Module, h: Tensor, own: bool = False) -> Tensor:

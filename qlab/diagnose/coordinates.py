@@ -2,7 +2,7 @@ r"""Back-propagation against exact differences, a few weights at a time: the che
 
 With hard weights w_q and an outer loss L (cross-entropy of beta z, beta small enough that the softmax does not saturate):
 
-    sign weight i:    d_i = (L(w_i = +1) - L(w_i = -1)) / 2                    the flip gradient, exact
+    sign weight i:    d_i = (L(w_i = +a) - L(w_i = -a)) / (2 a),  a = |w_i|      the flip gradient, exact
     float weight i:   d_i = (L(w_i + s) - L(w_i - s)) / (2 s),  s = rms(w)     the derivative of L averaged over [w_i - s, w_i + s]
 
     cosine = <g, d> / (||g|| ||d||)        over sampled weights of one tensor, g the back-propagated gradient with respect to w_q
@@ -45,7 +45,7 @@ def coordinate_cosine(
         net: in eval mode with hard weights as plain parameters, as from `harden`.
         x, y: (N, ...) inputs and (N,) labels.
         name: of the parameter.
-        signs: whether its values are +-a.
+        signs: whether its values are signs, each times a magnitude of its own or its row's.
         count: how many weights are sampled.
         generator: from which they are drawn.
         beta: what the logits are multiplied by.
@@ -56,17 +56,17 @@ def coordinate_cosine(
     def loss(value: Tensor) -> Tensor:
         return F.cross_entropy(beta * torch.func.functional_call(net, theta | {name: value}, (x,)), y)
 
-    step = float(w.abs().mean() if signs else w.square().mean().sqrt())
     leaf = w.clone().requires_grad_()
     with torch.enable_grad():
         value = loss(leaf)
         g = torch.autograd.grad(value, leaf, allow_unused=True)[0] if value.requires_grad else None
-    if g is None or step == 0:
+    if g is None or not bool(w.any()):
         return float("nan")
     chosen = torch.randperm(w.numel(), generator=generator)[:count].to(w.device)
     moved = w.flatten().repeat(2 * len(chosen), 1)
     rows = torch.arange(len(chosen), device=w.device)
-    centre = torch.zeros_like(w.flatten()[chosen]) if signs else w.flatten()[chosen]
+    here = w.flatten()[chosen]
+    centre, step = (0 * here, here.abs()) if signs else (here, w.square().mean().sqrt().expand(len(here)))
     moved[rows, chosen], moved[len(chosen) + rows, chosen] = centre + step, centre - step
     stack = moved.reshape(-1, *w.shape)
     chunk = max(1, MEMORY // (16 * x.element_size() * x.numel()))

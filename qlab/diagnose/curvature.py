@@ -9,12 +9,12 @@ r"""Curvature of the loss over the weights, and why a quantized net's own loss h
 
 The deployed loss is piecewise constant in every weight that is quantized or has a quantized activation behind it: its Hessian is
 zero almost everywhere. What automatic differentiation of a straight-through net returns is the derivative of a backward rule
-evaluated along forward values that do not belong to it, the Hessian of no function. `curvature` refuses both. Three questions
-that have an answer:
+evaluated along forward values that do not belong to it, the Hessian of no function. `curvature` refuses both (`hessian.py`). Three
+questions that have an answer:
 
     function="smoothed", "surrogate"     the Hessian of a function that exists; see `qlab.diagnose.functions`
     `qlab.diagnose.discrete.stein`       curvature of the loss averaged over a Gaussian, from losses alone
-    `qlab.diagnose.discrete.flip_pairs`       second differences over signs of weights
+    `qlab.diagnose.discrete.flip_pairs`  second differences over signs of weights
 
 Source: Pearlmutter 1994 (H v); Hutchinson 1990, with Q from a sketch H S as in Hutch++, Meyer et al., arXiv 2010.09649; Yao et al.,
 PyHessian, arXiv 1912.07145; Foret et al., SAM, arXiv 2010.01412; Keskar et al., arXiv 1609.04836 (the ball).
@@ -23,9 +23,9 @@ PyHessian, arXiv 1912.07145; Foret et al., SAM, arXiv 2010.01412; Keskar et al.,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -33,13 +33,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qlab.data.seeding import generator
-from qlab.diagnose.base import Result, check
-from qlab.diagnose.functions import FUNCTIONS, FunctionName, variant
+from qlab.diagnose.base import Result
+from qlab.diagnose.functions import FUNCTIONS, FunctionName
+from qlab.diagnose.hessian import Hessian, constant_weights, differentiable
 from qlab.diagnose.lanczos import block_lanczos, density, lanczos, quadrature, width
 from qlab.diagnose.objective import Loss, Objective
-from qlab.errors import InputError, UnknownNameError
+from qlab.errors import InputError
 from qlab.jobs import Update, last
-from qlab.quantizers.apply import quantized_tensors, quantizers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -49,57 +49,6 @@ if TYPE_CHECKING:
 __all__ = ["Curvature", "Hessian", "constant_weights", "curvature", "curving"]
 
 Floats = NDArray[np.float64]
-
-
-class Hessian:
-    """Products of the Hessian of a scalar function of named tensors, through one graph of its gradient that is kept.
-
-    Args:
-        f: a dictionary like `theta` to a scalar, any closure that torch.func can differentiate twice.
-        theta: where.
-        chunk: vectors that go through the graph at once.
-
-    Attributes:
-        n: how many numbers theta holds.
-        gradient: (n,) the gradient at theta.
-        products_done: vectors multiplied so far.
-    """
-
-    def __init__(self, f: Callable[[dict[str, Tensor]], Tensor], theta: Mapping[str, Tensor], chunk: int = 8) -> None:
-        self.f, self.theta, self.chunk = f, {name: w.detach() for name, w in theta.items()}, chunk
-        if not self.theta:
-            raise InputError("there are no parameters to take the curvature over")
-        self.n = sum(w.numel() for w in self.theta.values())
-        self.products_done = 0
-        # H is symmetric, so the vjp of the gradient is H v. The jvp, forward over reverse, computes the gradient anew for
-        # every call and took 2.4 times as long on a digits net.
-        pulled: tuple[Any, ...] = torch.func.vjp(torch.func.grad(f), self.theta)
-        gradient, self._vjp = pulled[0], pulled[1]
-        self.gradient = self.flat(gradient, 0)
-
-    def products(self, V: Tensor) -> Tensor:
-        """Return H v for every row: (B, n) to (B, n)."""
-        self.products_done += len(V)
-
-        def one(v: dict[str, Tensor]) -> dict[str, Tensor]:
-            return self._vjp(v)[0]
-
-        with torch.no_grad():
-            if len(V) == 1:
-                return self.flat(one(self.tree(V[0])), 0)[None]
-            return self.flat(torch.func.vmap(one, chunk_size=self.chunk)(self.tree(V)), 1)
-
-    def tree(self, V: Tensor) -> dict[str, Tensor]:
-        """Return rows (..., n) as tensors (..., *shape) by name."""
-        parts = V.split([w.numel() for w in self.theta.values()], -1)
-        return {
-            name: part.reshape(*V.shape[:-1], *w.shape)
-            for (name, w), part in zip(self.theta.items(), parts, strict=True)
-        }
-
-    def flat(self, tree: Mapping[str, Tensor], leading: int) -> Tensor:
-        """Return tensors with some leading axes as rows (..., n)."""
-        return torch.cat([tree[name].flatten(leading) for name in self.theta], -1)
 
 
 @dataclass(frozen=True)
@@ -201,52 +150,6 @@ class Curvature(Result):
         return text
 
 
-def constant_weights(net: nn.Module, x: Tensor, names: Sequence[str] | None = None, seed: int = 0) -> dict[str, str]:
-    """Return the parameters in which the logits are piecewise constant, each with the reason.
-
-    A parameter under a quantizer with a grid is, whatever lies behind. Of the others it is found numerically, in float64: no
-    logit changes when the parameter moves by 1e-10 of its scale along a random direction, and some do when it moves by its scale.
-
-    Args:
-        net: a method or torch module, in eval mode.
-        x: (N, ...) inputs.
-        names: parameters to look at; all by default.
-        seed: of the directions.
-    """
-    net, _ = check(net, x, None, labels=False)
-    return _constant(net, x, names, seed)
-
-
-def _constant(net: nn.Module, x: Tensor, names: Sequence[str] | None, seed: int = 0) -> dict[str, str]:
-    under = {
-        id(t.latent): type(t.quantizer).__name__ for t in quantized_tensors(net) if t.quantizer.levels() is not None
-    }
-    reasons: dict[str, str] = {}
-    theta = {name: p.detach().double() for name, p in net.named_parameters()}
-    buffers = {name: b.double() if b.is_floating_point() else b for name, b in net.named_buffers()}
-    x = x[:8].double()  # a step function shows on few examples too
-
-    def logits(name: str, w: Tensor) -> Tensor:
-        with torch.no_grad():
-            return torch.func.functional_call(net, theta | buffers | {name: w}, (x,))
-
-    g = generator("constant weights", seed)
-    with torch.no_grad():
-        here = torch.func.functional_call(net, theta | buffers, (x,))
-    for name, p in net.named_parameters():
-        if names is not None and name not in names:
-            continue
-        if id(p) in under:
-            reasons[name] = f"it is quantized by {under[id(p)]}"
-            continue
-        w = theta[name]
-        scale = float(w.square().mean().sqrt()) or 1.0
-        d = scale * torch.randn(w.shape, generator=g, dtype=torch.float64).to(w.device)
-        if torch.equal(logits(name, w + 1e-10 * d), here) and not torch.equal(logits(name, w + d), here):
-            reasons[name] = "small changes of it change no logit, large ones do: a step function lies behind it"
-    return reasons
-
-
 def curvature(
     net: nn.Module,
     x: Tensor,
@@ -321,7 +224,7 @@ def curving(
     """Yield what `curvature` returns, one part after the other; the arguments are the same."""
     if min(top, probes, runs, steps, iterations) < 0 or not (math.isfinite(rho) and rho >= 0):
         raise InputError("top, probes, runs, steps, iterations and rho must not be negative")
-    J, label = _objective(net, x, y, function, loss, beta, names, k)
+    J, label = differentiable(net, x, y, function, loss, beta, names, k)
     chosen = J.theta if names is None else {name: J.theta[name] for name in names}
     H = Hessian(J.at, chosen, chunk=min(J.chunk, 8))
     value = float(J.at(chosen))
@@ -371,41 +274,6 @@ def curving(
     yield Update(1.0, "done", part)
 
 
-def _objective(
-    net: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    function: FunctionName | None,
-    loss: str | Loss,
-    beta: float,
-    names: Sequence[str] | None,
-    k: float,
-) -> tuple[Objective, str]:
-    """Return the loss of a function that has a Hessian, and the function's name."""
-    J = Objective(net, x, y, loss, beta)
-    plain_net = J.net
-    quantized = any(True for _ in quantizers(plain_net))
-    if function is not None:
-        J = Objective(variant(plain_net, function, k), x, y, loss, beta)
-    for name in names or ():
-        if name not in J.theta:
-            raise UnknownNameError("parameter", name, J.theta)
-    if function in (None, "deployed", "latent"):
-        constant = _constant(J.net, x, names)
-        if function == "deployed":
-            constant |= {n: r for n, r in _constant(plain_net, x, names).items() if n in J.theta}
-        if constant:
-            name, reason = next(iter(constant.items()))
-            more = f" (and {len(constant) - 1} more)" if len(constant) > 1 else ""
-            raise InputError(
-                f"the {function or 'deployed'} loss is piecewise constant in {name!r}{more}: {reason}. Its Hessian is zero almost "
-                "everywhere, and what back-propagation through straight-through rules gives is the Hessian of no function. Ask for "
-                "function='smoothed' (jumps become tanh steps, sharpness k) or 'surrogate' (the backward rule's own function), or "
-                "use stein() or flip_pairs(), which differentiate nothing"
-            )
-    return J, (function or "deployed") if quantized else "the net"
-
-
 def _trace(H: Hessian, probes: int, seed: int) -> tuple[float, float]:
     """Return tr H and its standard error from `probes` products; below six, plain Hutchinson."""
     S = _signs(probes, H.n, generator("trace", seed)).to(H.gradient)
@@ -442,7 +310,7 @@ def _sharpness(
 
     grads, values = at(E)
     sam = float(values[0]) - value if norm > 0 else 0.0
-    best = max(float(values.max()), value)
+    best = max(value, float(values.nan_to_num(-math.inf, math.inf, -math.inf).max()))
     for t in range(steps):
         length = rho * (1 - t / steps)
         E = E + length * grads / grads.norm(dim=1, keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)

@@ -23,10 +23,11 @@ from qlab.diagnose.foreign import Flat, scan, visible
 from qlab.errors import InputError
 from qlab.quantizers import Quantizer, quantized_tensors, reestimate_batch_norm
 
-__all__ = ["Exam", "Finding", "LayerRecord", "Severity"]
+__all__ = ["ALMOST_ALL", "Exam", "Finding", "LayerRecord", "Severity", "constant", "rms", "units"]
 
 Severity = Literal["high", "medium", "low", "info"]
 EXAMPLES = 256
+ALMOST_ALL = 0.99  # from this share on, it is taken as a whole
 
 
 @dataclass(frozen=True)
@@ -182,13 +183,12 @@ class Exam:
             return []
 
     @cached_property
-    def recalibrated(self) -> Tensor:
-        """(N, d) logits with batch-norm statistics of this very batch."""
+    def recalibrated(self) -> tuple[Tensor, list[LayerRecord]]:
+        """(N, d) logits and layers with batch-norm statistics of this very batch."""
         twin = copy.deepcopy(self.net)
         reestimate_batch_norm(twin, [self.x])
         with torch.no_grad():
-            logits: Tensor = twin(self.x)
-        return logits
+            return _forward(twin, self.x)
 
     def weight_gradients(self) -> Iterator[tuple[str, Tensor | None, Tensor]]:
         """Yield layer, gradient and value of every tensor with at least two dimensions, in registration order."""
@@ -240,3 +240,21 @@ def _forward(net: nn.Module, x: Tensor) -> tuple[Tensor, list[LayerRecord]]:
         given = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise InputError(f"the net returns {given} for {len(x)} inputs; expected logits of shape (N, classes)")
     return logits, layers
+
+
+def rms(x: Tensor) -> float:
+    """Return the root mean square."""
+    return float(x.detach().double().square().mean().sqrt()) if x.numel() else 0.0
+
+
+def units(x: Tensor) -> Tensor:
+    """Return (units, values): channels of images (N, C, ...), features of vectors (N, F) and of sequences (N, T, F)."""
+    axis = 1 if x.dim() in (2, 4, 5) else x.dim() - 1
+    return x.movedim(axis, 0).flatten(1) if x.dim() > 1 else x[None]
+
+
+def constant(x: Tensor) -> float:
+    """Return the share of units whose values are the same for all examples."""
+    u = units(x)
+    low, high = u.aminmax(dim=1)
+    return float((high - low <= 1e-6 * torch.maximum(low.abs(), high.abs())).double().mean())

@@ -1,7 +1,8 @@
 r"""The exact loss change of flipping each binary weight of a layer.
 
     delta_oi = L(W with w_oi -> -w_oi) - L(W)                   of the deployed net, on one batch
-    predicted_oi = -2 w_oi g_oi,  g = dL/dW as back-propagated   what a straight-through gradient says the change is
+    predicted_oi = -2 w_oi g_oi,  g = dL/dW as back-propagated   what a straight-through gradient says the change is;
+                                                                 sign(w_oi) for w_oi where w is a hand-written layer's latent weight
 
 A flip touches one unit of the layer, z'_no = z_no - 2 w_oi a_ni, and nothing before it. So only what lies behind is run
 again, and only for what differs:
@@ -14,7 +15,8 @@ again, and only for what differs:
 4. Into the next linear layer goes a rank-one update, z2' = z2 + (a'_o - a_o) W2[:, o].
 
 Nothing is approximated. Nets that cannot be cut behind the layer (control flow, layers used twice, hand-written layers) run
-whole, many flips at a time.
+whole, many flips at a time; so do nets whose signs see ties that only rounding decides (sums of +-alpha that would be 0), for a
+sum taken another way would decide them otherwise.
 
 Bits are the hard weights of quantizers, weights that are +-alpha per output channel as they stand, and weights of hand-written
 layers where the net reads no more than their signs and mean magnitudes; these flip as w -> -w.
@@ -33,7 +35,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from qlab.diagnose.agreement import Agreement, agreement, weight_names
+from qlab.diagnose.agreement import Agreement, agreement, checked_index, weight_names
 from qlab.diagnose.base import Result, check, plain
 from qlab.diagnose.behind import Behind, Uncut
 from qlab.diagnose.functions import variant
@@ -61,7 +63,7 @@ class FlipOracle(Result):
         index: (F,) positions of the flipped weights in the flat weight.
         shape: of the weight.
         delta: (F,) exact changes of the loss.
-        predicted: (F,) -2 w g.
+        predicted: (F,) -2 alpha sign(w) g.
         weight: (F,) the weights before the flip.
         alpha: (F,) their magnitudes; 1 in a hand-written layer, whose weights are latent.
         loss: of the net before.
@@ -157,7 +159,7 @@ def flip_oracle(
 
     Raises:
         UnknownNameError: no such layer.
-        InputError: weights of that layer are no bits; an index out of range; and what `check` says.
+        InputError: weights of that layer are no bits; an index out of range or twice; and what `check` says.
     """
     return last(flipping(net, x, y, layer, loss=loss, beta=beta, index=index), FlipOracle)
 
@@ -184,7 +186,7 @@ def flipping(
         raise InputError(f"the weights of {layer!r} are no bits: {why}. Layers of bits: {_listed(net, x)}")
     J = Objective(hard, x, y, loss=loss, beta=beta)
     w = J.theta[name]
-    index = _checked_index(index, w)
+    index = checked_index(index, w)
     delta = torch.zeros(w.numel(), dtype=torch.float64)
     path = "whole"
     try:
@@ -199,9 +201,10 @@ def flipping(
         done += len(where)
         yield Update(min(1.0, done / len(index)), f"Flipping weights of {layer}")
     g = _gradient(net, x, y, name, loss, beta)
-    predicted = (-2 * w * g).flatten()[index].double().cpu()
     at = index.cpu()
     weight = w.flatten()[index].double().cpu()
+    alpha = weight.abs() if _two_values_a_row(w) else torch.ones_like(weight)
+    predicted = -2 * alpha * torch.where(weight >= 0, 1.0, -1.0) * g.flatten()[index].double().cpu()
     yield Update(
         1.0,
         f"Flipped {len(index):,} weights of {layer}",
@@ -212,7 +215,7 @@ def flipping(
             delta=delta[at].numpy(),
             predicted=predicted.numpy(),
             weight=weight.numpy(),
-            alpha=(weight.abs() if _two_values_a_row(w) else torch.ones_like(weight)).numpy(),
+            alpha=alpha.numpy(),
             loss=float(J.loss(J.beta * J.base_logits, y).mean()),
             agreement=agreement(predicted, delta[at]),
             path=path,
@@ -242,17 +245,6 @@ def _whole(J: Objective, name: str, index: Tensor) -> Iterator[tuple[Tensor, Ten
                 z = torch.stack([torch.func.functional_call(J.net, J.theta | {name: v}, (J.x,)) for v in stack])
         after = torch.stack([J.loss(J.beta * one, J.y) for one in z])
         yield where.cpu(), (after - before).mean(1)
-
-
-def _checked_index(index: Tensor | None, w: Tensor) -> Tensor:
-    if index is None:
-        return torch.arange(w.numel(), device=w.device)
-    if not isinstance(index, Tensor) or index.dtype != torch.int64 or index.dim() != 1 or len(index) == 0:
-        given = f"{index.dtype} of shape {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
-        raise InputError(f"index is {given}; expected positions (F,) in the flat weight, int64")
-    if int(index.min()) < 0 or int(index.max()) >= w.numel():
-        raise InputError(f"index runs from {int(index.min())} to {int(index.max())}; there are {w.numel()} weights")
-    return index.to(w.device)
 
 
 def _listed(net: nn.Module, x: Tensor) -> str:

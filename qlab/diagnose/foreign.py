@@ -1,26 +1,8 @@
-r"""Quantizers that nobody declared: found by asking the code, in any torch net.
+"""Quantizers that nobody declared: found by asking the code, in any torch net.
 
 A hand-written sign, a rounding with `(q - x).detach() + x`, a fake-quantized layer of another library: all are piecewise constant,
-and no type tells. Here each module is run in float64 at points u_0 (its own input), u_1, ..., u_8 = u_0 + rms(u_0) noise, and at
-points a billionth away from each:
-
-    an output element varies    if it differs between two of the points u_k
-    it is flat at u_k           if the point next to u_k gives the very same number
-
-    piecewise constant:  at least one element varies, and those that vary are flat at 99 % of the points,
-                         and where one varies, bisection ends at a jump, not at a slope
-
-Many quantizers multiply their levels by a scale that follows the tensor (mean |w|, max |x|), which does change a little. There, the
-changes of all neighbours are multiples of one vector, per output channel or per example, while those of far points are not:
-
-    constant up to a scale:  the matrix of small changes has rank 1, that of large changes has not
-
-A unit that is dead does not vary. A ReLU, a clip or a maximum that varies is not flat where it is active. A steep slope
-(tanh(1000 x)) is told from a jump by the bisection. The same is done with a module's parameters in the place of its input, and
-with functional code between two modules. Autograd is then asked for the same derivative, which is zero: if it claims another one,
-the quantizer is straight-through.
-
-Source: the definitions of a piecewise-constant function and of a straight-through derivative (Bengio et al. 2013, arXiv 1308.3432).
+and no type tells. Here each module is run in float64 as a function of its own input, then of each of its parameters, and so is the
+functional code between two modules; `qlab.diagnose.flatness` judges each of these functions of one tensor.
 """
 
 from __future__ import annotations
@@ -34,20 +16,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qlab.diagnose.base import check, plain
+from qlab.diagnose.base import check, plain, run_hooked
+from qlab.diagnose.flatness import Gradient, Verdict, judged, judged_up_to_scale
 from qlab.quantizers.base import Quantizer
 
-__all__ = ["Flat", "piecewise_constant", "scan", "visible"]
+__all__ = ["Flat", "piecewise_constant", "scan", "undeclared", "visible"]
 
 EXAMPLES = 16  # of the batch that are looked at
-POINTS = 8
-TOLERANCE = 0.01  # share of points at which an element may happen to jump
-WITNESSES = 4  # elements that are bisected; all must end at a jump
-GROUPS = 64  # output channels or examples whose changes are decomposed
 PARAMETRIZATIONS = "parametrizations"
 
 Kind = Literal["input", "weight", "between"]
-Gradient = Literal["straight-through", "zero"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +87,20 @@ def piecewise_constant(net: nn.Module, x: Tensor, seed: int = 0) -> list[Flat]:
     return scan(net, x, seed)
 
 
+def undeclared(net: nn.Module, x: Tensor) -> list[Flat]:
+    """Return where code that is not the lab's quantizes activations and claims a gradient all the same.
+
+    Nothing is run for a net whose modules are all torch's or the lab's, and nothing found where code runs in one dtype only.
+    """
+    if all(type(m).__module__.startswith(("torch.nn.", "qlab.")) for _, m in visible(net)):
+        return []
+    try:
+        found = scan(net, x)
+    except (RuntimeError, TypeError):
+        return []
+    return [f for f in found if f.kind != "weight" and f.gradient == "straight-through" and not f.declared]
+
+
 def scan(net: nn.Module, x: Tensor, seed: int = 0, functional: bool = True) -> list[Flat]:
     """Return what `piecewise_constant` does, of a copy in eval mode, without the checks; `functional` code costs most."""
     net = copy.deepcopy(plain(net)).eval().double()
@@ -119,18 +111,18 @@ def scan(net: nn.Module, x: Tensor, seed: int = 0, functional: bool = True) -> l
     found: list[Flat] = []
     for call in calls.values():
         if call.leaf and call.varies_with_input:
-            verdict = _verdict(call.of_input, call.input, generator)
+            verdict = judged(call.of_input, call.input, generator)
             if verdict is None and call.elementwise:
-                verdict = _scaled(call.of_input, call.input, generator, channels=False)
+                verdict = judged_up_to_scale(call.of_input, call.input, generator, channels=False)
             if verdict is not None:
                 levels = verdict.levels if call.elementwise else None
                 v = verdict
                 found.append(Flat(call.name, "input", v.gradient, v.jump, None, None, levels, call.declared, v.scaled))
         for name in call.parameters:
             f, w = partial(call.of_parameter, name), call.module.get_parameter(name).detach()
-            verdict = _verdict(f, w, generator)
+            verdict = judged(f, w, generator)
             if verdict is None and w.dim() >= 2:
-                verdict = _scaled(f, w, generator, channels=True)
+                verdict = judged_up_to_scale(f, w, generator, channels=True)
             if verdict is not None:
                 found.append(_weight(call, name, verdict))
     for name in ["", *(n for n, call in calls.items() if call.leaf)] if functional else []:
@@ -140,7 +132,7 @@ def scan(net: nn.Module, x: Tensor, seed: int = 0, functional: bool = True) -> l
     return sorted(found, key=lambda f: order.get(f.module, -1))
 
 
-def _weight(call: _Call, name: str, verdict: _Verdict) -> Flat:
+def _weight(call: _Call, name: str, verdict: Verdict) -> Flat:
     declared = False
     if f"{PARAMETRIZATIONS}." in name:
         chain = call.module.get_submodule(name.rsplit(".", 1)[0])
@@ -148,122 +140,6 @@ def _weight(call: _Call, name: str, verdict: _Verdict) -> Flat:
         name = name.split(".")[1]
     v = verdict
     return Flat(call.name, "weight", v.gradient, v.jump, name, declared=declared, scaled=v.scaled)
-
-
-# ---- one function of one tensor -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Verdict:
-    gradient: Gradient
-    jump: float
-    levels: int | None
-    scaled: bool = False
-
-
-def _verdict(f: Callable[[Tensor], Tensor], u: Tensor, generator: torch.Generator) -> _Verdict | None:
-    """Return what is known of a piecewise-constant function, or None for one that is not, or that is random."""
-    scale = float(u.square().mean().sqrt()) if u.numel() else 0.0
-    if not 0 < scale < float("inf"):
-        return None
-
-    def noise() -> Tensor:
-        return torch.randn(u.shape, dtype=u.dtype, generator=generator).to(u.device)
-
-    with torch.no_grad():
-        points = [u, *(u + scale * noise() for _ in range(POINTS))]
-        values = torch.stack([f(point) for point in points])
-        if not bool(values.isfinite().all()) or not torch.equal(values[0], f(u)):
-            return None
-        varies = ((values - values[0]).abs() > 1e-9 * values.abs().max()).any(0)
-        if not bool(varies.any()):
-            return None
-        beside = torch.stack([f(point + 1e-9 * scale * noise()) for point in points])
-        noise_floor = 1e-13 * float(values.abs().max())  # of `x + (q - x).detach()`, whose sum rounds
-        if float(((beside - values).abs() > noise_floor)[:, varies].double().mean()) > TOLERANCE:
-            return None
-        jumps = _jumps(f, points, values, varies, generator)
-    if jumps is None:
-        return None
-    unit = max(float(values.abs().max()), 1e-300)
-    distinct = (values / unit * 1e9).round().unique()
-    return _Verdict(_claim(f, u, generator), jumps, len(distinct) if len(distinct) <= 2**16 else None)
-
-
-def _jumps(
-    f: Callable[[Tensor], Tensor], points: list[Tensor], values: Tensor, varies: Tensor, generator: torch.Generator
-) -> float | None:
-    """Return the largest jump of a few elements, or None where one of them rises on a slope."""
-    elements = varies.flatten().nonzero()[:, 0]
-    order = torch.randperm(len(elements), generator=generator)[:WITNESSES].to(elements.device)
-    table = values.flatten(1)
-    largest = 0.0
-    for i in elements[order].tolist():
-        k = int((table[:, i] - table[0, i]).abs().argmax())
-        low, high = points[0], points[k]
-        a, b = table[0, i], table[k, i]
-        whole = float((b - a).abs())
-        for _ in range(40):
-            middle = (low + high) / 2
-            m = f(middle).flatten()[i]
-            if abs(m - a) <= 1e-9 * whole:
-                low = middle
-            else:
-                high, b = middle, m
-        jump = float((b - a).abs())
-        if jump <= 1e-6 * whole:
-            return None
-        largest = max(largest, jump)
-    return largest
-
-
-def _scaled(f: Callable[[Tensor], Tensor], u: Tensor, generator: torch.Generator, channels: bool) -> _Verdict | None:
-    """Return what is known of a function that is piecewise constant up to a scale per output channel, or per example."""
-    scale = float(u.square().mean().sqrt()) if u.numel() else 0.0
-    if not 0 < scale < float("inf"):
-        return None
-
-    def changes(size: float) -> Tensor:
-        """Return (groups, directions, rest)."""
-        rows = []
-        for _ in range(POINTS):
-            d = torch.randn(u.shape, dtype=u.dtype, generator=generator).to(u.device)
-            rows.append(f(u + size * scale * d) - base)
-        stack = torch.stack(rows)
-        axis = (2 if u.dim() > 2 else stack.dim() - 1) if channels else 1
-        return stack.movedim(axis, 0).flatten(2)[:GROUPS]
-
-    with torch.no_grad():
-        base = f(u)
-        if base.dim() < 2 or not torch.equal(base, f(u)):
-            return None
-        small, large = changes(1e-6), changes(1.0)
-        if small.shape[-1] < 3 or not bool(small.isfinite().all() and large.isfinite().all()):
-            return None
-        s, t = torch.linalg.svdvals(small), torch.linalg.svdvals(large)
-        moves = s[:, 0] > 1e-12 * scale  # a group whose scale none of the directions moved is constant: rank 0
-        if not bool(moves.any()) or bool((s[moves, 1] > 1e-4 * s[moves, 0]).any()):
-            return None
-        # A clip or a ReLU with one active unit has rank 1 as well, but a scale moves every value that is not zero.
-        moved = (small[moves] != 0).any(1).sum(1)
-        if bool((moved < 3).any() or (t[:, 1] <= 1e-2 * t[:, 0]).all()):
-            return None
-    return _Verdict(_claim(f, u, generator), float(large.abs().max()), None, scaled=True)
-
-
-def _claim(f: Callable[[Tensor], Tensor], u: Tensor, generator: torch.Generator) -> Gradient:
-    """Return whether autograd claims a derivative where there is none."""
-    leaf = u.clone().requires_grad_()
-    try:
-        with torch.enable_grad():
-            out = f(leaf)
-            if not out.requires_grad:
-                return "zero"
-            weights = torch.randn(out.shape, dtype=out.dtype, generator=generator).to(out.device)
-            (g,) = torch.autograd.grad(out, leaf, weights, allow_unused=True)
-    except RuntimeError:  # code that has no backward
-        return "zero"
-    return "zero" if g is None or not bool((g != 0).any()) else "straight-through"
 
 
 # ---- the calls of a net -----------------------------------------------------------------------------------------------
@@ -343,12 +219,7 @@ def _calls(net: nn.Module, x: Tensor) -> dict[str, _Call]:
     for name, module in names.items():
         handles.append(module.register_forward_pre_hook(partial(before, name), with_kwargs=True))
         handles.append(module.register_forward_hook(partial(after, name), with_kwargs=True))
-    try:
-        with torch.no_grad():
-            net(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_hooked(net, x, handles)
     found = {name: calls[name] for name in started if name in calls}
     for full, p in net.named_parameters():
         if p.is_floating_point():
@@ -405,7 +276,7 @@ def _between(
         moved = run(start + scale * torch.randn(start.shape, dtype=start.dtype, generator=generator).to(start.device))
     for n in [*later, ""]:
         if n in before and n in moved and not torch.equal(before[n], moved[n]):
-            verdict = _verdict(partial(_reading, run, n), start, generator)
+            verdict = judged(partial(_reading, run, n), start, generator)
             if verdict is not None:
                 yield Flat(name, "between", verdict.gradient, verdict.jump, to=n)
             return

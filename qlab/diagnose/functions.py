@@ -57,7 +57,8 @@ def variant(net: nn.Module, which: FunctionName, sharpness: float = 5.0) -> nn.M
                 for i, step in enumerate(chain):
                     if isinstance(step, Quantizer):
                         chain[i] = nn.Identity() if which == "latent" else _as(step, which, sharpness)
-    for name, module in list(net.named_modules()):
+    # With duplicates: one quantizer may stand in several places.
+    for name, module in list(net.named_modules(remove_duplicate=False)):
         if isinstance(module, Quantizer) and ".parametrizations." not in f".{name}.":
             replacement = _as(module, "deployed" if which == "latent" else which, sharpness)
             if not name:

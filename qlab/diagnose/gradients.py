@@ -224,6 +224,8 @@ def mismatching(
             )
         return
     names = weight_names(net)
+    if layers is not None and (isinstance(layers, str) or not layers):
+        raise InputError(f"layers is {layers!r}; expected a sequence of names, some of {', '.join(names)}")
     for layer in layers or ():
         if layer not in names:
             raise UnknownNameError("layer", layer, names)

@@ -138,7 +138,7 @@ def circulation(
         net: a method of the lab or any torch module, in eval mode.
         x: (N, ...) inputs.
         y: (N,) labels.
-        spaces: layers of `weight_names(net)`, and "input"; all of them by default.
+        spaces: layers of `weight_names(net)`, and "input"; by default all that hold more than one number.
         loops: M of each space.
         points: T of each loop, an even number.
         radius: of the loops, as a fraction of the norm of the weight, or of the batch of inputs.
@@ -148,7 +148,7 @@ def circulation(
 
     Raises:
         UnknownNameError: no such layer.
-        InputError: numbers out of range; and what `check` says.
+        InputError: numbers out of range, no spaces, one that holds a single number; and what `check` says.
     """
     return last(
         circulating(net, x, y, spaces, loops=loops, points=points, radius=radius, loss=loss, beta=beta, seed=seed),
@@ -178,11 +178,17 @@ def circulating(
     if not (math.isfinite(radius) and radius > 0):
         raise InputError(f"radius is {radius!r}; expected a positive fraction of the norm")
     names = weight_names(J.net)
-    todo = [*names, INPUT] if spaces is None else list(spaces)
+    sizes = {layer: J.theta[name].numel() for layer, name in names.items()} | {INPUT: x.numel()}
+    if spaces is not None and (isinstance(spaces, str) or not spaces):
+        raise InputError(f"spaces is {spaces!r}; expected a sequence of names, some of {', '.join(sizes)}")
+    for space in spaces or ():
+        if space not in sizes:
+            raise UnknownNameError("layer", space, sizes)
+        if sizes[space] < 2:
+            raise InputError(f"{space} holds one number: there is no plane for a loop")
+    todo = [space for space, n in sizes.items() if n > 1] if spaces is None else list(spaces)
     found = []
     for i, space in enumerate(todo):
-        if space not in names and space != INPUT:
-            raise UnknownNameError("layer", space, [*names, INPUT])
         draw = torch.Generator().manual_seed(seed + i)
         if space == INPUT:
             at, centre = _of_inputs(J), J.x.detach()
@@ -210,8 +216,6 @@ def _loops(
     draw: torch.Generator,
 ) -> Loops:
     n = centre.numel()
-    if n < 2:
-        raise InputError(f"{space} holds one number: there is no plane for a loop")
     r = radius * (float(centre.norm()) or math.sqrt(n))
     planes = torch.randn(M, n, 2, generator=draw, dtype=torch.float64)
     planes = torch.linalg.qr(planes).Q.mT.to(centre)  # (M, 2, n): a and b of each loop

@@ -5,7 +5,8 @@ r"""Gradient mismatch at the inputs: what an attack follows, against the change 
     grad_x E loss(x_n + s u),   u ~ N(0, I)
 
 A cosine is taken in every example, for averages over examples would hide those whose gradient is zero; reported are the mean and
-its 95 % interval over examples. Examples with a zero gradient have no cosine and are counted out.
+its 95 % interval over examples. Examples with a zero gradient have no cosine and are counted out. The reliability is that of the
+mean correlation of halves, R = 2 m / (1 + m), m = mean_n r_n: a mean of 2 r_n / (1 + r_n) would be ruled by single r_n near -1.
 
 Shapes: x (N, ...), D inputs each, F of them compared; K pairs.
 """
@@ -23,7 +24,7 @@ from torch import Tensor
 from qlab.diagnose.agreement import agreement, cosine
 from qlab.diagnose.functions import variant
 from qlab.diagnose.objective import Objective
-from qlab.diagnose.smoothing import SIDES, reliability, rms, subset
+from qlab.diagnose.smoothing import SIDES, rms, spearman_brown, subset
 from qlab.errors import InputError
 
 __all__ = ["input_pairs"]
@@ -43,12 +44,12 @@ def input_pairs(
     F = len(index)
     g = _input_gradient(J).flatten(1)[:, index]
 
-    def losses(steps: Tensor) -> Tensor:
-        """Return the losses (K, N) with steps (K, N, F) added."""
+    def losses(steps: Tensor, sign: int) -> Tensor:
+        """Return the losses (K, N) with sign * steps (K, N, F) added, the steps taken a part at a time."""
         out = []
         for some in steps.split(max(1, _ROWS // x.numel())):
             moved = x.flatten(1).repeat(len(some), 1, 1)
-            moved[:, :, index] += some.to(x)
+            moved[:, :, index] += sign * some
             with torch.no_grad():
                 z = net(moved.reshape(-1, *x.shape[1:]))
             out.append(J.loss(J.beta * z, J.y.repeat(len(some))).reshape(len(some), N))
@@ -56,15 +57,17 @@ def input_pairs(
 
     if reference == "coordinate":
         step = width * torch.eye(F, dtype=x.dtype, device=x.device)[:, None].expand(F, N, F)
-        truth = ((losses(step) - losses(-step)) / (2 * width)).T.double().cpu()
+        truth = ((losses(step, 1) - losses(step, -1)) / (2 * width)).T.double().cpu()
         R, drawn = 1.0, 0
     else:
         u = torch.randn(pairs, N, F, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(x)
-        v = (u * ((losses(width * u) - losses(-width * u)) / (2 * width))[..., None]).double().cpu()
+        step = width * u
+        v = (u * ((losses(step, 1) - losses(step, -1)) / (2 * width))[..., None]).double().cpu()
         truth, drawn = v.mean(0), pairs
-        halves = [reliability(v[:, n]) for n in range(N)]
-        known = [value for value in halves if math.isfinite(value)]
-        R = float(np.mean(known)) if known else math.nan
+        halves = zip(v[: pairs // 2].mean(0), v[pairs // 2 :].mean(0), strict=True)
+        r = np.array([cosine(a, b) for a, b in halves])
+        r = r[np.isfinite(r)]
+        R = spearman_brown(float(r.mean())) if len(r) else math.nan
     g = g.double().cpu()
     each = np.array([cosine(a, b) for a, b in zip(g, truth, strict=True)])
     each = each[np.isfinite(each)]

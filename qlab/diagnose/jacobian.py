@@ -31,9 +31,8 @@ from torch import Tensor, nn
 from qlab.data.seeding import generator
 from qlab.diagnose.base import Result, check
 from qlab.diagnose.lanczos import golub_kahan
-from qlab.diagnose.signal import INPUT, Recorded, record
+from qlab.diagnose.recording import INPUT, Recorded, record, surrogate_steps
 from qlab.errors import InputError, UnknownNameError
-from qlab.quantizers.base import Quantizer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,12 +77,12 @@ class Jacobian(Result):
 
     @property
     def mean(self) -> Floats:
-        """Mean singular value over examples, (S,)."""
+        """Mean singular value over examples, (S,); of the largest ones only where not `complete`."""
         return np.array([v.mean() for v in self.values])
 
     @property
     def std(self) -> Floats:
-        """Standard deviation of singular values over examples and directions, (S,)."""
+        """Standard deviation of singular values over examples and directions, (S,); of those that are there."""
         return np.array([v.std() for v in self.values])
 
     @property
@@ -94,7 +93,9 @@ class Jacobian(Result):
 
     @property
     def beta1(self) -> float:
-        """Factor on the logits at which the mean singular value of the first source's Jacobian is 1."""
+        """Factor on the logits at which the mean value of the first source's Jacobian is 1; NaN where not all are known."""
+        if not self.complete[0]:
+            return math.nan
         mean = float(self.mean[0])
         return 1 / mean if mean > 0 else math.inf
 
@@ -146,14 +147,16 @@ class Jacobian(Result):
         )
         d, D = self.sizes[0]
         values = self.values[0]
+        which_ones = "singular value" if self.complete[0] else f"of the {values.shape[1]} largest singular values"
         text = (
-            f"Jacobian of {self.target} by {self.sources[0]} ({d} x {D}, {len(values)} examples; {which}): mean singular value "
+            f"Jacobian of {self.target} by {self.sources[0]} ({d} x {D}, {len(values)} examples; {which}): mean {which_ones} "
             f"{values.mean():.3g}, standard deviation {values.std():.3g}, largest {values.max():.3g}"
         )
         if self.complete[0]:
             condition = float(np.median(self.condition[0]))
             text += f", smallest {values.min():.3g}, median condition number {condition:.3g}"
-        text += f". A factor of {self.beta1:.3g} on {self.target} makes the mean 1."
+            text += f". A factor of {self.beta1:.3g} on {self.target} makes the mean 1"
+        text += "."
         if len(self.sources) > 1:
             text += (
                 " Means by layer: "
@@ -223,15 +226,15 @@ def jacobian(
             found = _lanczos(out, h, start, steps)
             complete.append(steps == min(d, D))
             values.append(found if complete[-1] else found[:, :top])
-    quantized = [isinstance(m, Quantizer) for m in run.modules]
-    stop = len(quantized) if target == LOGITS else end + 1
+    rules = surrogate_steps(net, x, run)
+    stop = len(rules) if target == LOGITS else end + 1
     return Jacobian(
         sources=tuple(wanted),
         target=target,
         values=tuple(v.double().cpu().numpy() for v in values),
         sizes=sizes,
         complete=tuple(complete),
-        exact=tuple(not any(quantized[i + 1 : stop]) for i in at),
+        exact=tuple(not any(rules[i + 1 : stop]) for i in at),
     )
 
 

@@ -15,6 +15,7 @@ Source: Li, Xu, Taylor, Studer, Goldstein 2018, arXiv 1712.09913.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pathlib
@@ -149,16 +150,17 @@ class Landscape(Result):
         itself = max(abs(self.a[at[0]]), abs(self.b[at[1]])) <= 1e-9 * max(np.abs(self.a).max(), np.abs(self.b).max())
         here = "at the net itself" if itself else f"at {self._place(at)}, the point nearest to the net"
         for name in self.functions:
-            loss = np.where(self.evaluated, self.loss[name], np.nan)
-            low, high = (
-                np.unravel_index(np.nanargmin(loss), loss.shape),
-                np.unravel_index(np.nanargmax(loss), loss.shape),
-            )
+            finite = self.evaluated & np.isfinite(self.loss[name])
+            low = np.unravel_index(np.where(finite, self.loss[name], np.inf).argmin(), finite.shape)
+            high = np.unravel_index(np.where(finite, self.loss[name], -np.inf).argmax(), finite.shape)
             sharp = f" (k = {self.sharpness:g})" if name == "smoothed" else ""
             text += (
                 f" {name.capitalize()}{sharp}: loss {self.loss[name][at]:.3g} and accuracy {self.accuracy[name][at]:.1%} "
-                f"{here}, from {loss[low]:.3g} at {self._place(low)} to {loss[high]:.3g} at {self._place(high)}."
+                f"{here}, from {self.loss[name][low]:.3g} at {self._place(low)} to {self.loss[name][high]:.3g} at "
+                f"{self._place(high)}."
             )
+            if lost := done - int(finite.sum()):
+                text += f" At {lost} of the {done} points evaluated it is infinite or NaN."
         if np.isfinite(self.flipped).all():
             text += f" Up to {self.flipped.max():.1%} of the quantized weights are flipped."
         else:
@@ -169,12 +171,18 @@ class Landscape(Result):
         return text
 
     def _place(self, at: Any) -> str:
-        i, j = at
-        return f"a = {self.a[i]:.3g}" if self.line else f"({self.a[i]:.3g}, {self.b[j]:.3g})"
+        # An axis through 0 may meet it at 1e-16.
+        a, b = (0.0 if abs(v[i]) < 1e-9 * np.abs(v).max() else v[i] for v, i in zip((self.a, self.b), at, strict=True))
+        return f"a = {a:.3g}" if self.line else f"({a:.3g}, {b:.3g})"
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write all arrays and settings to one file (npz, no pickle), whole or not at all."""
-        path = pathlib.Path(path)
+        """Write all arrays and settings to one file (npz, no pickle), whole or not at all.
+
+        Raises:
+            InputError: the path cannot be written.
+        """
+        from qlab.binary.file import replace_file
+
         keys = ("sharpness", "batch_norm", "examples", "batches", "loss_name", "directions", "functions", "digest")
         arrays: dict[str, Any] = {
             "said": np.array(json.dumps({key: getattr(self, key) for key in keys})),
@@ -183,10 +191,9 @@ class Landscape(Result):
         }
         for key in ("loss", "accuracy", "noise"):
             arrays[key] = np.stack([getattr(self, key)[f] for f in self.functions])
-        part = path.with_name(path.name + ".part")
-        with part.open("wb") as file:
-            np.savez(file, flipped=self.flipped, evaluated=self.evaluated, **arrays)
-        part.replace(path)
+        buffer = io.BytesIO()
+        np.savez(buffer, flipped=self.flipped, evaluated=self.evaluated, **arrays)
+        replace_file(pathlib.Path(path), [buffer.getbuffer()])
 
 
 def load_landscape(path: str | os.PathLike[str]) -> Landscape:

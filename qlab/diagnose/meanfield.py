@@ -32,10 +32,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlab.data.seeding import generator
-from qlab.diagnose.base import Result, check
+from qlab.diagnose.base import Result
 from qlab.diagnose.moments import (
     ACTIVATIONS,
     PHI,
@@ -47,10 +47,8 @@ from qlab.diagnose.moments import (
     second_moment,
     slope_moment,
 )
-from qlab.diagnose.signal import record
 from qlab.errors import InputError, UnknownNameError
 from qlab.quantizers.base import Rule
-from qlab.quantizers.sign import Sign
 from qlab.quantizers.surrogates import Surrogate
 
 if TYPE_CHECKING:
@@ -67,7 +65,6 @@ __all__ = [
     "correlation_map",
     "length_map",
     "meanfield",
-    "predicted_gradients",
     "simulate",
 ]
 
@@ -291,7 +288,7 @@ def simulate(
         width: n of every layer.
         nets: random nets to draw.
         weights: "gaussian", or "sign" for +-sqrt(sigma_w^2 / n).
-        which: the surrogate that the prediction was made with.
+        which: the surrogate that the prediction was made with; needed only where it is none of the lab's.
         seed: of all draws.
     """
     if weights not in ("gaussian", "sign"):
@@ -299,7 +296,7 @@ def simulate(
     if width < 2 or nets < 1:
         raise InputError(f"width must be at least 2 and nets at least 1, not {width!r} and {nets!r}")
     activation: ActivationName = prediction.activation  # type: ignore[assignment]
-    phi, rule = PHI[activation], rule_of(activation, which)
+    phi, rule = PHI[activation], rule_of(activation, which or prediction.surrogate or None)
     slope = rule.derivative if rule else SLOPE[activation]
     g = generator("mean field", seed)
 
@@ -329,73 +326,6 @@ def simulate(
     c = torch.stack([(u[:, 0] * u[:, 1]).mean() / u.square().mean() for u in all_u])
     gradient = torch.stack(norms[::-1]) / norms[0]
     return replace(prediction, measured=Measured(q.numpy(), c.numpy(), gradient.numpy(), width, nets, weights))
-
-
-def predicted_gradients(net: nn.Module, x: Tensor) -> dict[str, float]:
-    """Return ||g_l|| relative to ||g|| at the logits that mean field predicts for each layer of a chain of modules.
-
-    Every weight is taken as random with the mean square that it has, every batch norm as measuring the variance over examples that
-    mean field predicts. So it is what the net would do if training had left nothing but the size of its weights; the distance
-    to `qlab.diagnose.signal` is what training did.
-
-        linear, conv   ||g||^2 gains  fan-in * mean(W^2)        batch norm  gains  mean(gamma^2) / variance
-        activation     gains  E[d(sqrt(q) z)^2]
-
-    Args:
-        net: a method or torch module in eval mode: Linear, Conv, BatchNorm, Flatten, Identity, Dropout, and activations of
-            `ACTIVATIONS`, one after the other.
-        x: (N, ...) inputs.
-
-    Raises:
-        InputError: a module that is none of these, or a net that is no chain.
-    """
-    net, z = check(net, x, None, labels=False)
-    run = record(net, x)
-    with torch.no_grad():
-        h = x
-        for module in run.modules[1:]:
-            h = module(h.flatten(1) if isinstance(module, nn.Linear) else h)
-        if h.shape != z.shape or not torch.allclose(h, z, atol=1e-4 * float(z.abs().max())):
-            raise InputError("mean field here is for chains of modules; this net adds, joins or reuses some")
-    # Second moments per unit: of one example, and between two different ones.
-    rows = x.detach().double().flatten(1)
-    same = float(rows.square().mean())
-    between = float(rows.mean(0).square().mean())
-    gains: list[float] = []
-    for name, module in zip(run.names[1:], run.modules[1:], strict=True):
-        if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            w = module.weight.detach().double()
-            gain = float(w.square().mean()) * w[0].numel()
-            b = 0.0 if module.bias is None else float(module.bias.detach().double().square().mean())
-            same, between = gain * same + b, gain * between + b
-        elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
-            gamma2 = 1.0 if module.weight is None else float(module.weight.detach().double().square().mean())
-            beta2 = 0.0 if module.bias is None else float(module.bias.detach().double().square().mean())
-            gain = gamma2 / max(same - between + module.eps, 1e-300)
-            same, between = gamma2 + beta2, beta2
-        elif isinstance(module, nn.Flatten | nn.Identity | nn.Dropout):
-            gain = 1.0
-        else:
-            activation, which = _named(name, module)
-            gain = slope_moment(same, activation, which)
-            c = max(-1.0, min(1.0, between / same)) if same > 0 else 0.0
-            same, between = second_moment(same, activation), cross_moment(c, same, activation)
-        gains.append(gain)
-    names = run.names
-    return {names[l]: math.sqrt(math.prod(gains[l:])) for l in range(len(names))}
-
-
-def _named(name: str, module: nn.Module) -> tuple[ActivationName, Surrogate | None]:
-    if isinstance(module, Sign):
-        return "sign", module.surrogate
-    kinds: dict[type[nn.Module], ActivationName] = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Hardtanh: "hardtanh"}
-    for kind, activation in kinds.items():
-        if type(module) is kind and (kind is not nn.Hardtanh or (module.min_val, module.max_val) == (-1, 1)):
-            return activation, None
-    raise InputError(
-        f"mean field knows no {type(module).__name__} ({name}); it knows Linear, Conv, BatchNorm, Flatten, Sign, Hardtanh, ReLU "
-        "and Tanh"
-    )
 
 
 def _fixed(q: float, activation: ActivationName, sigma_w2: float, sigma_b2: float) -> float:

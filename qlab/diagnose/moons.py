@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from qlab.diagnose.base import Result
 from qlab.errors import InputError
-from qlab.jobs import Update
+from qlab.jobs import Update, last
 from qlab.quantizers import Sign, quantize, surrogate
 from qlab.quantizers.surrogates import Surrogate
 
@@ -96,9 +96,7 @@ def moons_data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def moons(which: str | Surrogate = "clipped", steps: int = 300, lr: float = 0.02, seed: int = 0) -> MoonsRun:
     """Train to the end and return the run; see `moons_training`."""
-    *_, last = moons_training(which, steps, lr=lr, seed=seed)
-    assert isinstance(last.value, MoonsRun)
-    return last.value
+    return last(moons_training(which, steps, lr=lr, seed=seed), MoonsRun)
 
 
 def moons_training(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from qlab.diagnose.base import check
 from qlab.errors import InputError, UnknownNameError
 
-__all__ = ["LOSSES", "Loss", "Objective", "margin"]
+__all__ = ["LOSSES", "Loss", "Objective", "loss_of", "margin"]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Logits (N, d) and labels (N,) to one loss per example (N,)."""
@@ -38,6 +38,19 @@ def margin(z: Tensor, y: Tensor) -> Tensor:
 LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "margin": margin}
 
 
+def loss_of(which: str | Loss) -> Loss:
+    """Return a loss by its name in `LOSSES`; a function as it is.
+
+    Raises:
+        UnknownNameError: no such loss.
+    """
+    if not isinstance(which, str):
+        return which
+    if which not in LOSSES:
+        raise UnknownNameError("loss", which, LOSSES)
+    return LOSSES[which]
+
+
 class Objective:
     """L(theta) = mean_n loss(beta net(x_n; theta), y_n).
 
@@ -51,6 +64,10 @@ class Objective:
 
     Attributes:
         theta: the net's parameters by name, detached.
+
+    Raises:
+        UnknownNameError: no such loss.
+        InputError: a beta that is not positive, one logit where the named losses compare classes; and what `check` says.
     """
 
     def __init__(
@@ -62,13 +79,16 @@ class Objective:
         beta: float = 1.0,
         memory: int = 64 * 2**20,
     ) -> None:
-        if isinstance(loss, str) and loss not in LOSSES:
-            raise UnknownNameError("loss", loss, LOSSES)
+        self.loss = loss_of(loss)
         if not beta > 0:
             raise InputError(f"beta must be positive, not {beta!r}")
         self.net, self.base_logits = check(net, x, y)
+        if isinstance(loss, str) and self.base_logits.shape[1] < 2:
+            raise InputError(
+                f"the net gives one logit, and {loss!r} compares classes: expected at least two; give a loss of your own, "
+                "a function of logits (N, 1) and labels (N,) that returns one number per example"
+            )
         self.x, self.y, self.beta = x, y, beta
-        self.loss: Loss = LOSSES[loss] if isinstance(loss, str) else loss
         self.theta = {name: p.detach() for name, p in self.net.named_parameters()}
         self.chunk = max(1, memory // max(1, x.element_size() * max(x.numel(), self.base_logits.numel()) * 8))
 

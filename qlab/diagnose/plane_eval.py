@@ -11,13 +11,13 @@ Three ways give the same numbers up to rounding, from fast to general:
   quantized: x W + a x D1 + b x D2, three products for all points. Frozen batch norm is folded into the layer before it where a
   continuous map follows; before a step it is not, for a rounding error could move a value across the jump.
 - vmap: any net that torch.func can batch.
-- loop: any net at all, one point after the other.
+- loop: any net at all, one point after the other; what the net itself raises comes out here.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qlab.diagnose.chain import CONTINUOUS, SAME_SHAPE, chain, latent_of, mapped, plain_map
-from qlab.diagnose.objective import LOSSES, Loss, cross_entropy
-from qlab.errors import InputError, UnknownNameError
+from qlab.diagnose.objective import Loss, cross_entropy, loss_of
+from qlab.errors import InputError
 
 __all__ = ["Affine", "BatchNormMode", "Many", "Values"]
 
@@ -83,14 +83,12 @@ class Many:
         accuracy: bool = True,
         way: Literal["chain", "vmap", "loop"] | None = None,
     ) -> None:
-        if isinstance(loss, str) and loss not in LOSSES:
-            raise UnknownNameError("loss", loss, LOSSES)
         if batch_norm not in ("frozen", "reestimated"):
             raise InputError(f"batch_norm is {batch_norm!r}; expected 'frozen' or 'reestimated'")
         if not isinstance(batches, int) or isinstance(batches, bool) or not 0 <= batches <= len(x):
             raise InputError(f"batches is {batches!r}; expected a whole number from 0 to the {len(x)} examples")
         self.net, self.x, self.y, self.batches, self.accuracy = net, x, y, batches, accuracy
-        self.loss: Loss = LOSSES[loss] if isinstance(loss, str) else loss
+        self.loss = loss_of(loss)
         self.columns = x.flatten(1).T.contiguous()
         self._spaces: dict[object, Tensor] = {}
         self.tensors = {name: t.detach() for name, t in (*net.named_parameters(), *net.named_buffers())}
@@ -98,7 +96,14 @@ class Many:
             raise InputError("re-estimating batch norm needs at least two examples; it was given one")
         self._norms = [name for name, m in net.named_modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
         with torch.no_grad():
-            classes = torch.arange(net(x[:1]).shape[1], device=y.device)[:, None]
+            z = net(x)
+            each = self.loss(z, y)
+        if not isinstance(each, Tensor) or each.shape != y.shape:
+            given = f"shape {tuple(each.shape)}" if isinstance(each, Tensor) else type(each).__name__
+            raise InputError(
+                f"the loss returns {given} for {len(x)} examples; expected one number for each, shape ({len(x)},)"
+            )
+        classes = torch.arange(z.shape[1], device=y.device)[:, None]
         self._earlier = x.new_zeros(()).masked_fill(
             classes >= y, float("-inf")
         )  # (d, N): 0 for the classes before the label
@@ -132,9 +137,11 @@ class Many:
             return self._judged(z)
         if self.way == "vmap":
             try:
-                return self._judged(torch.func.vmap(self._logits)(dict(stack)).mT)
+                z = torch.func.vmap(self._logits)(dict(stack))
             except (RuntimeError, ValueError):
-                self.way = "loop"  # torch.func cannot batch this net; plain calls can
+                self.way = "loop"  # torch.func cannot batch this net; plain calls can, or raise the net's own error
+            else:
+                return self._judged(z.mT)
         rows = [self._logits({name: t[i] for name, t in stack.items()}) for i in range(len(next(iter(stack.values()))))]
         return self._judged(torch.stack(rows).mT)
 
@@ -218,11 +225,7 @@ class Many:
             return None if value is None else value.detach()
         value = stack[latent]
         for step in steps:
-            value = (
-                mapped(step, value)
-                if isinstance(step, SAME_SHAPE) and plain_map(step)
-                else torch.func.vmap(step)(value)
-            )
+            value = mapped(step, value) if isinstance(step, SAME_SHAPE) and plain_map(step) else by_rows(step, value)
         return value
 
     def _affine(self, name: str, module: Any, stack: Stack) -> tuple[Tensor, Tensor]:
@@ -249,7 +252,7 @@ class Many:
         if self.loss is cross_entropy:
             each = -z.log_softmax(1).gather(1, at)[:, 0]
         else:
-            each = torch.func.vmap(self.loss, in_dims=(0, None))(z.mT, self.y)
+            each = by_rows(lambda logits: self.loss(logits, self.y), z.mT)
         noise = each.new_full((k,), float("nan"))
         if self.batches > 1:
             noise = torch.stack([part.mean(1) for part in each.tensor_split(self.batches, 1)]).std(0)
@@ -349,6 +352,14 @@ def combine(rows: Tensor, basis: Tensor, out: Tensor) -> None:
     torch.addcmul(basis[0], rows[:, 1, None, None], basis[1], out=out)
     for m in range(2, len(basis)):
         out.addcmul_(rows[:, m, None, None], basis[m])
+
+
+def by_rows(f: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
+    """Return f of every row (K, ...), batched where torch.func can; else one after the other, where f's own errors show."""
+    try:
+        return torch.func.vmap(f)(stack)
+    except (RuntimeError, ValueError):
+        return torch.stack([f(row) for row in stack])
 
 
 def joined(parts: Sequence[Values]) -> Values:

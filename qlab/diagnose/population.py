@@ -92,7 +92,7 @@ class Population:
         size = self.w.norm()
         wh = self.w / size
         across = self.w_star - (wh @ self.w_star) * wh
-        if not float(across.norm()) > 1e-12:
+        if not float(across.norm()) > 1e4 * torch.finfo(across.dtype).eps:
             raise InputError("w is parallel to w_star, where the loss has a kink and no gradient")
         return -(self.v @ self.v_star) / (2 * math.pi * size) * across / across.norm()
 

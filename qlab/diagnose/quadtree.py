@@ -74,6 +74,8 @@ def landscaping(
     """
     if seconds is not None and not seconds > 0:
         raise InputError(f"seconds is {seconds!r}; expected a positive number, or None")
+    if file is not None and not pathlib.Path(file).parent.is_dir():
+        raise InputError(f"cannot save to {os.fspath(file)!r}: its folder does not exist; make it first")
     begun = saved = time.monotonic()
     views = Views(net, x, y, d1, d2, span, points, functions, loss, sharpness, batch_norm, batches, names)
     grid = _Grid(views, _earlier(file, resume, views))
@@ -148,7 +150,6 @@ class _Grid:
             }
             found["flipped"] = land.flipped[i, j]
         else:
-            self.earlier = None  # its rounds are over
             found = self.views.at(i, j)
         for key, values in found.items():
             self.arrays[key][..., i, j] = values
@@ -161,7 +162,7 @@ class _Grid:
         with np.errstate(invalid="ignore"):
             spread = np.nan_to_num(corners.max(0) - corners.min(0), nan=1.0, posinf=1.0)
             known = loss[:, self.known]
-            whole = np.nan_to_num(np.nanmax(known, 1) - np.nanmin(known, 1), nan=1.0, posinf=1.0)
+            whole = np.nan_to_num(np.fmax.reduce(known, 1) - np.fmin.reduce(known, 1), nan=1.0, posinf=1.0)
         size = np.maximum(
             (cells[:, 1] - cells[:, 0]) / max(1, self.known.shape[0] - 1),
             (cells[:, 3] - cells[:, 2]) / max(1, self.known.shape[1] - 1),

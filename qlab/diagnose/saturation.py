@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from qlab.diagnose.base import run_hooked
 from qlab.diagnose.functions import Hard, Primitive, Smooth
 from qlab.quantizers import Quantizer
 from qlab.quantizers.apply import NONLINEARITIES
@@ -95,8 +96,8 @@ def _activations(net: nn.Module, x: Tensor, names: Mapping[str, str]) -> dict[st
         return lambda *_: current.append((layer, axis))
 
     def activation_ran(module: nn.Module, inputs: tuple[Any, ...], _: Any) -> None:
-        if current and current[-1][0] in names and current[-1][0] not in seen and isinstance(inputs[0], Tensor):
-            layer, axis = current[-1]
+        layer, axis = current[-1] if current else ("", 0)
+        if layer in names and layer not in seen and inputs and isinstance(inputs[0], Tensor):
             seen[layer] = (module, inputs[0].detach().clone(), axis)
 
     for name, module in modules.items():
@@ -105,12 +106,7 @@ def _activations(net: nn.Module, x: Tensor, names: Mapping[str, str]) -> dict[st
             handles.append(module.register_forward_hook(layer_ran(name, 1 if isinstance(module, _ConvNd) else -1)))
         elif not inside and (isinstance(module, _ACTIVATIONS) or _handwritten(module)):
             handles.append(module.register_forward_hook(activation_ran))
-    try:
-        with torch.no_grad():
-            net(x)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run_hooked(net, x, handles)
     return seen
 
 

@@ -35,9 +35,7 @@ the thresholds are derived from IEEE 754.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -45,12 +43,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from qlab.diagnose.base import Result, check
-from qlab.diagnose.functions import Hard, Primitive, Smooth, variant
-from qlab.diagnose.objective import LOSSES, Loss, margin
-from qlab.errors import InputError, UnknownNameError
+from qlab.diagnose.base import Result
+from qlab.diagnose.objective import Loss, margin
+from qlab.diagnose.recording import layer_gradients, norms_and_zeros, ready, record, smooth_activations, surrogate_steps
+from qlab.errors import InputError
 from qlab.quantizers.base import Quantizer
 from qlab.quantizers.sign import Sign
 
@@ -59,10 +56,9 @@ if TYPE_CHECKING:
 
     from qlab.plots.figure import Figure
 
-__all__ = ["Recorded", "Signal", "Thresholds", "Wake", "record", "signal", "smooth_activations", "thresholds", "wake"]
+__all__ = ["Signal", "Thresholds", "signal", "thresholds"]
 
 Floats = NDArray[np.float64]
-INPUT = "input"
 
 
 class Thresholds(NamedTuple):
@@ -89,67 +85,6 @@ def thresholds(dtype: torch.dtype, classes: int = 2, batch: int = 1) -> Threshol
     half = math.log(info.eps / 2)
     smallest = math.log(info.tiny) + half  # half the smallest subnormal, tiny eps / 2, which float64 itself cannot hold
     return Thresholds(-half + math.log(classes - 1), -smallest - math.log(batch))
-
-
-class Recorded(NamedTuple):
-    """One forward pass with its graph: logits z (N, d), and outputs and inputs of the modules in the order they ran."""
-
-    z: Tensor
-    names: tuple[str, ...]
-    modules: tuple[nn.Module, ...]
-    outputs: tuple[Tensor, ...]
-    inputs: tuple[Tensor, ...]
-
-
-def record(net: nn.Module, x: Tensor) -> Recorded:
-    """Run a net and keep what every leaf module took and gave; the first entry is the input itself.
-
-    A quantizer counts as a leaf; one under a weight does not run on activations and is left out. A module that runs again is
-    named again, with #2.
-
-    Args:
-        net: a torch module.
-        x: (N, ...) inputs.
-    """
-    x = x.detach().clone().requires_grad_()
-    names, outputs, inputs, handles = [INPUT], [x], [x], []
-    modules: list[nn.Module] = [nn.Identity()]
-    counts: dict[str, int] = {}
-    wholes = tuple(f"{name}." for name, m in net.named_modules() if name and isinstance(m, _QUANTIZERS))
-
-    def watch(name: str, module: nn.Module) -> None:
-        def hook(module: nn.Module, args: tuple[object, ...], out: object) -> Tensor | None:
-            if not (isinstance(out, Tensor) and args and isinstance(args[0], Tensor) and len(out) == len(x)):
-                return None
-            counts[name] = counts.get(name, 0) + 1
-            names.append(name if counts[name] == 1 else f"{name}#{counts[name]}")
-            modules.append(module)
-            inputs.append(args[0])
-            outputs.append(out)
-            return out.clone()  # what comes after may write into its input
-
-        handles.append(module.register_forward_hook(hook))
-
-    try:
-        for name, module in net.named_modules():
-            if ".parametrizations." in f".{name}.":
-                continue
-            if not name.startswith(wholes) and (isinstance(module, _QUANTIZERS) or not _children(module)):
-                watch(name or type(net).__name__, module)
-        with torch.enable_grad():
-            z = net(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return Recorded(z, tuple(names), tuple(modules), tuple(outputs), tuple(inputs))
-
-
-_QUANTIZERS = (Quantizer, Hard, Primitive, Smooth)
-
-
-def _children(module: nn.Module) -> bool:
-    """Return whether a module has parts other than the quantizers of its weights."""
-    return any(name != "parametrizations" for name, _ in module.named_children())
 
 
 @dataclass(frozen=True)
@@ -273,66 +208,6 @@ class Signal(Result):
         return text
 
 
-@dataclass(frozen=True)
-class Wake(Result):
-    """Gradient norms per layer over temperatures, from one forward pass.
-
-    Attributes:
-        betas: (K,) factors on the logits.
-        names: (L,) layers, "input" first.
-        gradient: (K, L, N) norms by back-propagation.
-        lost: (K, L) share of examples whose gradient there is exactly zero.
-        certain: (K,) share of examples with p_y == 1.
-        gap: (N,) Delta at beta 1.
-        dtype: in which all was computed.
-        batch: B: gradients are divided by it.
-    """
-
-    betas: Floats
-    names: tuple[str, ...]
-    gradient: Floats
-    lost: Floats
-    certain: Floats
-    gap: Floats
-    dtype: torch.dtype
-    batch: int
-
-    @property
-    def best(self) -> int:
-        """Index of the beta with the largest median gradient norm at the input."""
-        return int(np.median(self.gradient[:, 0], 1).argmax())
-
-    def frame(self) -> pd.DataFrame:
-        """Return one row per beta and layer: median norm, share of examples with no gradient."""
-        import pandas as pd
-
-        K, L = self.lost.shape
-        return pd.DataFrame(
-            {
-                "beta": np.repeat(self.betas, L),
-                "layer": list(self.names) * K,
-                "gradient": np.median(self.gradient, 2).reshape(-1),
-                "zero examples": self.lost.reshape(-1),
-            }
-        )
-
-    def figure(self) -> Figure:
-        """Return input gradients and shares of lost examples against beta."""
-        from qlab.plots.signal import wake_figure
-
-        return wake_figure(self)
-
-    def summary(self) -> str:
-        """Return the figures in words."""
-        at = int(np.abs(np.log(self.betas)).argmin())
-        return (
-            f"Back-propagated gradient of the net in {str(self.dtype).removeprefix('torch.')}: at beta {self.betas[at]:.3g} the "
-            f"input gradient is exactly zero for {self.lost[at, 0]:.0%} of {self.gap.size} examples and its median norm is "
-            f"{np.median(self.gradient[at, 0]):.3g}; it is largest at beta {self.betas[self.best]:.3g}, "
-            f"{np.median(self.gradient[self.best, 0]):.3g}, with {self.lost[self.best, 0]:.0%} zero."
-        )
-
-
 def signal(
     net: nn.Module,
     x: Tensor,
@@ -360,20 +235,25 @@ def signal(
         InputError: beta or batch that are not positive; see also `check`.
         UnknownNameError: no such loss.
     """
-    net, x, loss = _ready(net, x, y, loss, [beta], dtype, batch)
+    net, x, loss = ready(net, x, y, loss, [beta], dtype, batch)
     run = record(net, x)
-    grads = _gradients(run, y, loss, torch.tensor([beta], dtype=torch.float64), batch)
-    quantized = [isinstance(m, Quantizer) for m in run.modules]
+    grads = layer_gradients(run, y, loss, torch.tensor([beta], dtype=torch.float64), batch)
+    steps = surrogate_steps(net, x, run)
     # The gradient at l passes the backward rules of what runs after l.
-    exact = tuple(not any(quantized[l + 1 :]) for l in range(len(quantized)))
-    norms, zeros = _norms(grads)
+    exact = tuple(not any(steps[l + 1 :]) for l in range(len(run.names)))
+    norms, zeros = norms_and_zeros(grads)
     smoothed = None
-    if any(quantized):
+    declared = [isinstance(m, Quantizer) for m in run.modules]
+    if any(declared) and steps == [*declared, False]:  # code that is not declared has no known jumps to smooth
         smooth = smooth_activations(net, k)
         if smooth is not None:
             other = record(smooth, x)
             by_name = dict(
-                zip(other.names, _norms(_gradients(other, y, loss, torch.tensor([beta]), batch))[0], strict=True)
+                zip(
+                    other.names,
+                    norms_and_zeros(layer_gradients(other, y, loss, torch.tensor([beta]), batch))[0],
+                    strict=True,
+                )
             )
             smoothed = np.stack([by_name[name][0] for name in run.names]) if set(run.names) <= set(by_name) else None
     z = run.z.detach()
@@ -399,124 +279,14 @@ def signal(
     )
 
 
-def wake(
-    net: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    betas: Sequence[float] | Floats,
-    *,
-    loss: str | Loss = "cross_entropy",
-    dtype: torch.dtype | None = None,
-    batch: int = 1,
-) -> Wake:
-    """Return gradient norms per layer for a grid of beta: one forward pass, all backward passes at once.
-
-    Args:
-        net: a method or torch module, in eval mode.
-        x: (N, ...) inputs.
-        y: (N,) labels.
-        betas: (K,) positive factors on the logits.
-        loss: as in `signal`.
-        dtype: as in `signal`.
-        batch: as in `signal`.
-
-    Raises:
-        InputError: betas that are not positive; see also `check`.
-        UnknownNameError: no such loss.
-    """
-    b = torch.as_tensor(np.asarray(betas, dtype=np.float64).reshape(-1))
-    net, x, loss = _ready(net, x, y, loss, b.tolist(), dtype, batch)
-    run = record(net, x)
-    z = run.z.detach()
-    with torch.no_grad():
-        p = torch.stack([torch.softmax(float(beta) * z, -1).gather(-1, y[:, None])[:, 0] for beta in b])
-    # A backward pass keeps a gradient per layer and beta: as many at once as 64 MiB hold.
-    size = sum(h.numel() for h in run.outputs) * z.element_size()
-    norms, zeros = [], []
-    for part in b.split(max(1, 64 * 2**20 // max(1, size))):
-        some = _norms(_gradients(run, y, loss, part, batch))
-        norms.append(some[0])
-        zeros.append(some[1])
-    gradient, lost = np.concatenate(norms, 1), np.concatenate(zeros, 1) == 1
-    return Wake(
-        betas=b.numpy(),
-        names=run.names,
-        gradient=gradient.transpose(1, 0, 2),
-        lost=lost.mean(2).T,
-        certain=(p == 1).double().mean(1).cpu().numpy(),
-        gap=-margin(z.double(), y).cpu().numpy(),
-        dtype=z.dtype,
-        batch=batch,
-    )
-
-
-def _ready(
-    net: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    loss: str | Loss,
-    betas: Sequence[float],
-    dtype: torch.dtype | None,
-    batch: int,
-) -> tuple[nn.Module, Tensor, Loss]:
-    if isinstance(loss, str) and loss not in LOSSES:
-        raise UnknownNameError("loss", loss, LOSSES)
-    if not betas or not all(math.isfinite(b) and b > 0 for b in betas):
-        raise InputError(f"beta must be positive numbers, not {list(betas)[:5]}")
-    if batch < 1:
-        raise InputError(f"batch must be at least 1, not {batch!r}")
-    net, _ = check(net, x, y)
-    if dtype is not None and dtype != x.dtype:
-        if not dtype.is_floating_point:
-            raise InputError(f"dtype must be a floating one, not {dtype}")
-        net, x = copy.deepcopy(net).to(dtype), x.to(dtype)
-        check(net, x, y)
-    return net, x, LOSSES[loss] if isinstance(loss, str) else loss
-
-
-def smooth_activations(net: nn.Module, k: float) -> nn.Module | None:
-    """Return the net with its activations as tanh steps; no gradient is taken over the weights, so they stay as deployed."""
-    try:
-        smooth, deployed = variant(net, "smoothed", k), variant(net, "deployed")
-    except InputError:
-        return None  # a quantizer without a grid has no jumps to smooth
-    for name, layer in deployed.named_modules():
-        if name and parametrize.is_parametrized(layer):
-            smooth.set_submodule(name, layer)
-    return smooth
-
-
-def _gradients(run: Recorded, y: Tensor, loss: Loss, betas: Tensor, batch: int) -> list[Tensor]:
-    """Return g_l for every layer and beta: tensors (K, N, ...)."""
-    cotangents = []
-    for beta in betas.tolist():
-        z = run.z.detach().requires_grad_()
-        total = (loss(beta * z, y) / batch).sum()
-        cotangents.append(torch.autograd.grad(total, z, allow_unused=True)[0] if total.requires_grad else None)
-    ds = torch.stack([torch.zeros_like(run.z) if c is None else c for c in cotangents])
-    if not run.z.requires_grad:
-        return [h.new_zeros(len(betas), *h.shape) for h in run.outputs]
-    grads = torch.autograd.grad(run.z, run.outputs, ds, is_grads_batched=True, allow_unused=True, retain_graph=True)
-    return [
-        torch.zeros(len(betas), *h.shape, dtype=h.dtype, device=h.device) if g is None else g
-        for g, h in zip(grads, run.outputs, strict=True)
-    ]
-
-
-def _norms(grads: list[Tensor]) -> tuple[Floats, Floats]:
-    """Return norms and shares of exact zeros (L, K, N) of gradients (K, N, ...)."""
-    # In float64: the square of a small half is 0.
-    norms = np.stack([g.double().flatten(2).norm(dim=2).cpu().numpy() for g in grads])
-    zeros = np.stack([(g == 0).flatten(2).double().mean(2).cpu().numpy() for g in grads])
-    return norms, zeros
-
-
 def _norm(h: Tensor) -> Floats:
     return h.detach().double().flatten(1).norm(dim=1).cpu().numpy()
 
 
 def _binarizes(module: nn.Module) -> bool:
-    return isinstance(module, Sign | nn.Hardtanh) or (isinstance(module, Quantizer) and module.bits == 1)
+    if type(module) is nn.Hardtanh:  # of its subclasses, ReLU6 is one that binarizes nothing
+        return (module.min_val, module.max_val) == (-1, 1)
+    return isinstance(module, Sign) or (isinstance(module, Quantizer) and module.bits == 1)
 
 
 def _saturation(module: nn.Module, u: Tensor) -> float:

@@ -22,10 +22,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qlab.diagnose.agreement import cosine, weight_names
+from qlab.diagnose.agreement import checked_index, cosine, weight_names
 from qlab.diagnose.base import check
 from qlab.diagnose.functions import variant
 from qlab.diagnose.objective import Loss, Objective
@@ -43,7 +44,7 @@ class Cosine:
 
     Args:
         raw: c.
-        low, high: interval of c, 95 %, by the jackknife over pairs.
+        low, high: interval of c, 95 %, by the jackknife over pairs; within [-1, 1].
         corrected: c / sqrt(R); NaN where R is not positive: the estimate is noise.
         reliability: R.
     """
@@ -98,8 +99,12 @@ class Smoothed:
 def reliability(samples: Tensor) -> float:
     """Return R = 2 r / (1 + r) with r the cosine of the means of the two halves of samples (K, F)."""
     half = len(samples) // 2
-    r = cosine(samples[:half].mean(0), samples[half : 2 * half].mean(0))
-    return 2 * r / (1 + r) if r > -1 else -math.inf
+    return spearman_brown(cosine(samples[:half].mean(0), samples[half : 2 * half].mean(0)))
+
+
+def spearman_brown(r: float) -> float:
+    """Return 2 r / (1 + r), the reliability of a whole whose halves correlate by r; NaN for NaN."""
+    return -math.inf if r <= -1 else 2 * r / (1 + r)
 
 
 def compared(samples: Tensor, g: Tensor) -> Cosine:
@@ -114,7 +119,8 @@ def compared(samples: Tensor, g: Tensor) -> Cosine:
     c = along / left
     error = float(((K - 1) / K * (c - c.mean()).square().sum()).sqrt())
     corrected = raw / math.sqrt(R) if R > 0 else math.nan
-    return Cosine(raw, raw - SIDES * error, raw + SIDES * error, corrected, R)
+    low, high = (float(np.clip(raw + side * error, -1, 1)) for side in (-SIDES, SIDES))
+    return Cosine(raw, low, high, corrected, R)
 
 
 def smoothed_gradient(
@@ -139,14 +145,14 @@ def smoothed_gradient(
         layer: a name of `weight_names(net)`.
         s: width of the smoothing in units of the weight; its root mean square by default.
         pairs: K; the deployed net runs 2 K times.
-        index: (F,) positions in the flat weight that are smoothed; all by default.
+        index: (F,) different positions in the flat weight that are smoothed, int64; all by default.
         loss: a name of `LOSSES`, or logits and labels to one loss per example.
         beta: what the logits are multiplied by.
         seed: of the directions.
 
     Raises:
         UnknownNameError: no such layer.
-        InputError: fewer than 4 pairs, a width that is not positive; and what `check` says.
+        InputError: fewer than 4 pairs, a width that is not positive, an index out of range or twice; and what `check` says.
     """
     net, _ = check(net, x, y)
     J = Objective(variant(net, "deployed"), x, y, loss=loss, beta=beta)
@@ -157,7 +163,7 @@ def smoothed_gradient(
     s = rms(w) if s is None else s
     if pairs < 4 or not (math.isfinite(s) and s > 0):
         raise InputError(f"pairs is {pairs!r} and s {s!r}; expected at least 4 pairs and a positive width")
-    index = torch.arange(w.numel(), device=w.device) if index is None else index
+    index = checked_index(index, w)
     draw = torch.Generator().manual_seed(seed)
     u = torch.randn(pairs, len(index), generator=draw, dtype=torch.float64).to(w)
     up = perturbed_losses(J, names[layer], index, s * u)

@@ -8,13 +8,14 @@ r"""Where gradients vanish: the numbers behind the microscope, for a grid of tem
 A gradient that is 0 in float32 and not in float64 was lost to rounding, and a small beta brings it back. One that is 0 in every
 dtype at every beta is lost in the net: dead units, or pre-activations beyond the backward rule.
 
-See `qlab.diagnose.signal` (temperature, dtypes), `qlab.diagnose.jacobian`, `qlab.diagnose.meanfield`.
+See `qlab.diagnose.signal` (dtypes), `qlab.diagnose.wake` (temperature), `qlab.diagnose.jacobian`, `qlab.diagnose.meanfield`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,8 +25,10 @@ from torch import Tensor, nn
 
 from qlab.diagnose.base import Result, check
 from qlab.diagnose.jacobian import Jacobian, jacobian
-from qlab.diagnose.meanfield import predicted_gradients
-from qlab.diagnose.signal import Signal, Thresholds, Wake, signal, smooth_activations, thresholds, wake
+from qlab.diagnose.meanfield_chain import predicted_gradients
+from qlab.diagnose.recording import smooth_activations
+from qlab.diagnose.signal import Signal, Thresholds, signal, thresholds
+from qlab.diagnose.wake import Wake, wake
 from qlab.errors import InputError, UnknownNameError
 from qlab.jobs import Update, last
 
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
 
     from qlab.plots.figure import Figure
 
-__all__ = ["DTYPES", "Vanishing", "vanishing", "vanishings"]
+__all__ = ["DTYPES", "Vanishing", "smallest", "vanishing", "vanishings"]
 
 Floats = NDArray[np.float64]
 DTYPES: dict[str, torch.dtype] = {
@@ -60,6 +63,7 @@ class Vanishing(Result):
         jacobian: of the logits by every layer, for some of the examples; None where it was not asked for.
         batch: B: gradients are divided by it.
         k: sharpness of the tanh steps.
+        failed: dtype -> why the net does not run in it.
     """
 
     layers: Signal
@@ -70,6 +74,7 @@ class Vanishing(Result):
     jacobian: Jacobian | None
     batch: int
     k: float
+    failed: dict[str, str] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -91,6 +96,12 @@ class Vanishing(Result):
         if not beta > 0:
             raise InputError(f"beta must be positive, not {beta!r}")
         return int(np.abs(np.log(self.betas / beta)).argmin())
+
+    def log_expected(self) -> Floats | None:
+        """Return log10 of `expected` at every beta, (K, L); -inf for 0."""
+        rows = [row for row in map(self.expected, self.betas.tolist()) if row is not None]
+        with np.errstate(divide="ignore"):
+            return np.log10(np.stack(rows)) if rows else None
 
     def expected(self, beta: float) -> Floats | None:
         """Return the mean-field gradient norms (L,) that belong to the float64 gradient at the logits."""
@@ -160,6 +171,7 @@ class Vanishing(Result):
             text += f" Mean field expects {expected[0]:.3g} of random weights of this size."
         elif self.why_not:
             text += f" No mean-field prediction: {self.why_not}."
+        text += "".join(f" No {name}: {why}." for name, why in self.failed.items())
         s = self.layers
         if np.isfinite(s.saturation).any():
             j = int(np.nanargmax(s.saturation))
@@ -178,6 +190,14 @@ class Vanishing(Result):
         if dtype not in self.wakes:
             raise UnknownNameError("dtype that was computed", dtype, self.wakes)
         return self.wakes[dtype]
+
+
+def smallest(dtype: str) -> float:
+    """Return log10 of the smallest number above 0 of a dtype, a name of `DTYPES`."""
+    if dtype not in DTYPES:
+        raise UnknownNameError("dtype", dtype, DTYPES)
+    info = torch.finfo(DTYPES[dtype])
+    return math.log10(info.tiny) + math.log10(info.eps)
 
 
 def vanishing(
@@ -205,7 +225,7 @@ def vanishing(
 
     Raises:
         UnknownNameError: no such dtype.
-        InputError: see `qlab.diagnose.signal.wake`.
+        InputError: see `qlab.diagnose.wake.wake`.
     """
     return last(vanishings(net, x, y, betas=betas, dtypes=dtypes, batch=batch, k=k, images=images), Vanishing)
 
@@ -237,14 +257,18 @@ def vanishings(
         found = replace(found, predicted=np.array([relative[name] for name in found.names]))
     except InputError as error:
         found = replace(found, why_not=str(error))
-    smooth = None if all(layers.exact) else smooth_activations(net, k)
+    smooth = None if layers.smoothed is None else smooth_activations(net, k)
     if smooth is not None:
         woken = wake(smooth, x, y, betas, dtype=torch.float64, batch=batch)
         if woken.names == found.names:
             found = replace(found, smoothed=woken)
     yield Update(0.4, "smoothed function and mean field", found)
     for i, name in enumerate(dtypes[1:], 1):
-        found = replace(found, wakes=found.wakes | {name: wake(net, x, y, betas, dtype=DTYPES[name], batch=batch)})
+        try:
+            woken = wake(net, x, y, betas, dtype=DTYPES[name], batch=batch)
+            found = replace(found, wakes=found.wakes | {name: woken})
+        except InputError as error:  # too large for a half: the other dtypes say enough
+            found = replace(found, failed=found.failed | {name: str(error)})
         yield Update(0.4 + 0.4 * i / len(dtypes), f"gradients in {name}", found)
     if images > 0:
         found = replace(found, jacobian=jacobian(net, x[:images], "all"))

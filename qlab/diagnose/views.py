@@ -21,7 +21,7 @@ from qlab.diagnose.base import check, plain
 from qlab.diagnose.directions import normalised
 from qlab.diagnose.functions import FUNCTIONS, FunctionName, variant
 from qlab.diagnose.objective import Loss
-from qlab.diagnose.plane_eval import Affine, BatchNormMode, Many
+from qlab.diagnose.plane_eval import Affine, BatchNormMode, Many, by_rows
 from qlab.errors import InputError, UnknownNameError
 from qlab.quantizers import quantized_tensors, quantizers
 
@@ -53,7 +53,7 @@ class Views:
         names: Sequence[str] = (),
     ) -> None:
         net = plain(net)
-        check(net, x, y)
+        _, z = check(net, x, y)
         pair = [normalised(net, d, None) for d in (d1, d2) if d is not None]  # checks names and shapes
         for which, d in zip(("first", "second"), pair, strict=False):
             if not any(bool(t.any()) for t in d.values()):
@@ -72,7 +72,11 @@ class Views:
             "loss_name": loss if isinstance(loss, str) else getattr(loss, "__name__", "own loss"),
             "directions": tuple(names) or ("first direction", "second direction")[: len(pair)],
         }
-        self.digest = _digest(net, x, y, pair, {**self.said, "functions": self.functions}, self.a, self.b)
+        # Nets of equal weights may differ in their maps, and losses of one's own may share a name: their values may not.
+        ramp = torch.linspace(-3, 3, z.numel(), dtype=torch.float64).reshape(z.shape).to(z)
+        probe = many[0].loss(ramp, y).detach().cpu().numpy()
+        said = {**self.said, "functions": self.functions, "net": repr(net)}
+        self.digest = _digest(net, x, y, pair, said, self.a, self.b, probe)
 
     def at(self, i: NDArray[np.int64], j: NDArray[np.int64]) -> dict[str, Array]:
         """Return loss, accuracy and noise (F, K), and flipped (K,), of lattice points (a_i, b_j)."""
@@ -137,7 +141,7 @@ class Flips:
 def _side(quantizer: Any, w: Tensor, batched: bool = False) -> Tensor:
     if quantizer.bits == 1:
         return w >= 0
-    return torch.func.vmap(quantizer.hard)(w) if batched else quantizer.hard(w)
+    return by_rows(quantizer.hard, w) if batched else quantizer.hard(w)
 
 
 def axes(span: Span, points: int | tuple[int, int], dimensions: int) -> tuple[Array, Array]:
@@ -190,7 +194,7 @@ def _digest(
     y: Tensor,
     directions: Sequence[Mapping[str, Tensor]],
     said: Mapping[str, Any],
-    *more: Array,
+    *more: NDArray[Any],
 ) -> str:
     found = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     tensors = [x, y, *net.state_dict().values(), *(d[n] for d in directions for n in sorted(d))]

@@ -168,6 +168,8 @@ def _check_batch(net: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Forward pre-hook: raise one clear InputError for a batch that the network cannot take."""
     if not inputs or isinstance(inputs[0], Proxy):  # symbolic tracing of a module that contains this net
         return
+    if isinstance(inputs[0], tuple) and next(reversed(net._forward_pre_hooks.values())) is not _check_batch:
+        return  # a later hook makes a batch of them: captum's DeepLift passes inputs and baselines as tuples
     x, expected = inputs[0], cast(Net, net).input_shape
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__

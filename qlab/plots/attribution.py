@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qlab.diagnose.attribution_maps import plane
+from qlab.diagnose.attribution_maps import marks, plane
 from qlab.errors import InputError
 from qlab.plots.figure import Figure
 
@@ -104,8 +104,7 @@ def _map(axes: Axes, scores: NDArray[np.float64], zeros: NDArray[np.uint8] | Non
             axes.text(c, r, "-", ha="center", va="center", fontsize=8, color="w" if shown[r, c] < -0.5 * top else "k")
     if zeros is None:
         return
-    codes = zeros if zeros.ndim < 3 else zeros.max(0)
-    codes = codes[None] if codes.ndim == 1 else codes
+    codes = marks(zeros)
     for marked, hatch in (((codes > 0) & (codes != SILENT), "..."), (codes == SILENT, "/////")):
         cells = [Rectangle((c - 0.5, r - 0.5), 1, 1) for r, c in np.argwhere(marked)]
         axes.add_collection(PatchCollection(cells, hatch=hatch, facecolor="none", edgecolor="0.45", linewidth=0))

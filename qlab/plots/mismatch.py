@@ -46,7 +46,7 @@ def mismatch_figure(result: Mismatch) -> Figure:
             axes = grid[i, j]
             row = rows.get((layer, reference))
             if row is None:
-                axes.text(0.5, 0.5, "not binary", ha="center", va="center", color="0.4", transform=axes.transAxes)
+                axes.text(0.5, 0.5, "not compared", ha="center", va="center", color="0.4", transform=axes.transAxes)
                 axes.set(xticks=[], yticks=[])
             else:
                 _scatter(axes, *result.points[layer, reference], COLOURS[i], _MARKS[i])

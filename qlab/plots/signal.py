@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
     from qlab.diagnose.jacobian import Jacobian
     from qlab.diagnose.meanfield import MeanField
-    from qlab.diagnose.signal import Signal, Wake
+    from qlab.diagnose.signal import Signal
     from qlab.diagnose.vanishing import Vanishing
+    from qlab.diagnose.wake import Wake
 
 __all__ = ["jacobian_figure", "meanfield_figure", "signal_figure", "vanishing_figure", "wake_figure"]
 
@@ -70,7 +71,7 @@ def wake_figure(found: Wake) -> Figure:
     """Draw the gradient norm of every layer against beta, and the shares of examples without a gradient.
 
     Args:
-        found: as from `qlab.diagnose.signal.wake`.
+        found: as from `qlab.diagnose.wake.wake`.
     """
     figure = Figure(figsize=(9, 3.4), dpi=80, layout="constrained")
     norms, shares = figure.subplots(1, 2)

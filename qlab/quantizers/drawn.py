@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import keyword
 import math
 from collections.abc import Sequence
 
@@ -110,9 +111,9 @@ def code(knots: Sequence[float], values: Sequence[float], name: str = "MySign") 
         InputError: from `drawn`, or a name that is no class name.
     """
     t, v = _points(knots, values)
-    if not name.isidentifier():
+    if not name.isidentifier() or keyword.iskeyword(name):
         raise InputError(f"{name!r:.40} cannot be the name of a class")
-    rows = [f"({', '.join(f'{value:.6g}' for value in row)})" for row in (t, v)]
+    rows = [f"({', '.join(f'{value:.15g}' for value in row)})" for row in (t, v)]
     return (
         "from qlab.quantizers import Sign\n"
         "from qlab.quantizers.drawn import drawn\n\n\n"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import qlab
-from qlab.diagnose.base import check, plain
+from qlab.diagnose.base import check, plain, run_hooked
 from qlab.errors import InputError
 from qlab.methods.binary_networks.ste import STE
 
@@ -39,6 +39,19 @@ def test_a_method_is_unwrapped_to_its_net() -> None:
 def test_what_is_no_module_is_named() -> None:
     with pytest.raises(InputError, match="net is a dict; expected a torch module"):
         check({}, torch.zeros(1, 2), None)  # type: ignore[arg-type]
+
+
+def test_hooks_come_off_even_where_the_net_fails(net: nn.Module, x: Tensor) -> None:
+    seen: list[Tensor] = []
+    for data, fails in ((x, False), (x[:, :2], True)):
+        handles = [net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))]
+        if fails:
+            with pytest.raises(RuntimeError, match="shapes"):
+                run_hooked(net, data, handles)
+        else:
+            run_hooked(net, data, handles)
+        assert not net._forward_pre_hooks
+    assert [len(s[0]) for s in seen] == [4, 2]
 
 
 def test_training_mode_is_named(net: nn.Module, x: Tensor) -> None:

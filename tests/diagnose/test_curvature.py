@@ -206,6 +206,61 @@ def test_a_hand_made_step_without_the_labs_quantizers_is_found_numerically() -> 
         curvature(net, x, y)
 
 
+class Shortcut(nn.Module):
+    """A layer whose output goes on both through a map and past it."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.a, self.act, self.b = made()[0], act, made()[2]  # type: ignore[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(self.act(h) + h)
+
+
+class HandMade(nn.Module):
+    """A straight-through sign."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (torch.sign(x) - x).detach() + x
+
+
+@pytest.mark.parametrize(("act", "function"), [(Sign(), None), (Sign(), "deployed"), (HandMade(), None)])
+def test_a_straight_through_rule_beside_a_shortcut_is_refused(act: nn.Module, function: object) -> None:
+    """No weight is piecewise constant there, and yet what back-propagation gives is the slope of no function."""
+    net, (x, y) = Shortcut(act).eval(), data()
+    assert constant_weights(net, x) == {}
+    with pytest.raises(InputError, match=r"has slope .*back-propagation claims .*straight-through"):
+        curvature(net, x, y, function)  # type: ignore[arg-type]
+    behind = curvature(net, x, y, function, names=["b.weight"], runs=0, rho=0, tolerance=1e-12)  # type: ignore[arg-type]
+    assert np.isfinite(behind.eigenvalues).all()
+
+
+def test_kinks_and_weights_of_zero_are_no_straight_through_rule() -> None:
+    x, y = data()
+    x = torch.cat([x, torch.zeros(20, 4, dtype=torch.float64)]).roll(
+        20, 0
+    )  # the first examples are zero: on every kink
+    net = made(activation=nn.ReLU)
+    with torch.no_grad():
+        net[0].bias.zero_()  # type: ignore[index]
+    assert np.isfinite(curvature(net, x, y.repeat(2), runs=0, rho=0).eigenvalues).all()
+
+
+def test_a_net_that_casts_to_float32_is_told_so() -> None:
+    class Casting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x.float())
+
+    x, y = data()
+    with pytest.raises(InputError, match="does not run in float64"):
+        curvature(Casting().eval(), x.float(), y)
+
+
 @pytest.mark.parametrize("function", ["smoothed", "surrogate"])
 def test_the_functions_that_have_a_hessian_are_looked_at_instead(function: object) -> None:
     from qlab.diagnose.functions import variant
@@ -265,6 +320,19 @@ def test_discrete_curvature_of_a_quadratic_is_4_b_i_b_j_A_ij() -> None:
     assert np.allclose(found.second[off], expected.numpy()[off], atol=1e-12)
     assert np.allclose(found.first, (-2 * b * (A @ b + c) + 2 * A.diagonal()).numpy(), atol=1e-12)
     assert np.allclose(np.diag(found.second), -2 * found.first, atol=1e-12)
+
+
+def test_a_latent_weight_of_zero_counts_as_plus_one_and_flips_to_minus_one() -> None:
+    net, (x, y) = binary(True, False), data()
+    latent = net[0].parametrizations.weight.original  # type: ignore[index]
+    with torch.no_grad():
+        latent[0, 0] = 0
+    zero = flip_pairs(net, x, y, "0", [0, 1])
+    with torch.no_grad():
+        latent[0, 0] = 0.5
+    half = flip_pairs(net, x, y, "0", [0, 1])
+    assert np.array_equal(zero.first, half.first)
+    assert zero.first[0] != 0
 
 
 def test_flips_of_a_binary_net_are_differences_of_its_own_losses() -> None:

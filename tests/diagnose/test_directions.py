@@ -137,6 +137,7 @@ def test_principal_axes_are_those_of_scikit_learn() -> None:
     np.testing.assert_allclose(ours @ ours.T, np.eye(3), atol=1e-12)
     np.testing.assert_allclose(axes.coordinates, rows @ ours.T, atol=1e-10)
     assert axes.coordinates[-1].abs().max() == 0
+    assert bool((axes.coordinates[0] >= 0).all())  # where the path begins: the sign of an axis is free
     assert bool((axes.inside <= 1 + 1e-12).all())
 
 

@@ -14,9 +14,18 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import qlab
+from qlab.diagnose import symptoms_gradients
 from qlab.diagnose.doctor import SEVERITIES, Diagnosis, doctor
 from qlab.errors import InputError
-from qlab.quantizers import Sign, Surrogate, Uniform, harden, quantize, reestimate_batch_norm
+from qlab.quantizers import (
+    Sign,
+    Surrogate,
+    Uniform,
+    harden,
+    quantize,
+    quantized_tensors,
+    reestimate_batch_norm,
+)
 
 Net = Any  # indexable
 
@@ -177,8 +186,70 @@ def other_statistics(net: Net) -> None:
     m.running_mean.copy_(m.running_mean + 3 * m.running_var.sqrt() * torch.randn(m.running_mean.shape, generator=g))
 
 
+@torch.no_grad()
+def wide_statistics(net: Net) -> None:
+    """A running variance that is far too large."""
+    norms(net)[0].running_var.mul_(1e4)
+
+
 def training(net: Net) -> None:
     net.train()
+
+
+def one_in_training(net: Net) -> None:
+    norms(net)[-1].train()
+
+
+@torch.no_grad()
+def dead_behind(net: Net) -> None:
+    """As `dead_relu`, in the last norm."""
+    norms(net)[-1].bias.fill_(-100)
+
+
+@torch.no_grad()
+def no_scale(net: Net) -> None:
+    norms(net)[0].weight.zero_()
+
+
+@torch.no_grad()
+def zero_last_but_one(net: Net) -> None:
+    [m for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d)][-2].weight.zero_()
+
+
+@torch.no_grad()
+def beyond_reach_behind(net: Net) -> None:
+    norms(net)[1].weight.mul_(500)
+
+
+@torch.no_grad()
+def latents_beyond_reach(net: Net) -> None:
+    for tensor in quantized_tensors(net):
+        tensor.latent.mul_(1e4)
+
+
+def dead_and_training(net: Net) -> None:
+    dead_behind(net)
+    net.train()
+
+
+def dead_and_silent(net: Net) -> None:
+    dead_relu(net)
+    no_answer(net)
+
+
+def cut_off(net: Net) -> None:
+    """A detached tensor behind the first nonlinearity."""
+
+    class Detached(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(x).detach()
+
+    name, module = next((n, m) for n, m in net.named_modules() if isinstance(m, nn.ReLU))
+    net.set_submodule(name, Detached(module))
 
 
 @torch.no_grad()
@@ -235,7 +306,24 @@ def turned(net: Net) -> None:
         ("lenet signs", forgotten_statistics, "batch-norm statistics"),
         ("mlp signs", other_statistics, "batch-norm statistics"),
         ("lenet", other_statistics, "batch-norm statistics"),
+        ("lenet", huge_weights, "exploding scale"),
+        ("mlp", wide_statistics, "batch-norm statistics"),
+        ("lenet weights", wide_statistics, "batch-norm statistics"),
         ("mlp", training, "training mode"),
+        ("lenet", one_in_training, "training mode"),
+        ("lenet", dead_and_training, "training mode"),
+        ("lenet", dead_behind, "dead layer"),
+        ("lenet signs", dead_behind, "dead layer"),
+        ("mlp bits", dead_relu, "dead layer"),
+        ("mlp", no_scale, "dead layer"),
+        ("mlp signs", no_scale, "dead layer"),
+        ("lenet", zero_last_but_one, "dead layer"),
+        ("mlp signs", dead_and_silent, "dead layer"),
+        ("lenet signs", beyond_reach_behind, "saturated signs"),
+        ("mlp bits", beyond_reach, "saturated signs"),
+        ("mlp weights", latents_beyond_reach, "saturated weights"),
+        ("lenet", cut_off, "zero gradients"),
+        ("plain", cut_off, "zero gradients"),
         ("lenet signs", training, "training mode"),
         ("mlp", no_answer, "constant logits"),
         ("plain", no_answer, "constant logits"),
@@ -273,6 +361,84 @@ def test_the_layer_at_fault_is_named() -> None:
     cut(net)
     finding = examine(net).findings[0]
     assert "no gradient passes" in finding.evidence
+
+
+def test_the_norm_at_fault_is_the_first_that_is_off() -> None:
+    net = fresh("mlp")
+    wide_statistics(net)
+    finding = examine(net).findings[0]
+    assert finding.layer == "hidden.1"
+    assert "by a factor of" in finding.evidence
+
+
+def clipped_sign(x: Tensor) -> Tensor:
+    s = x.clamp(-1, 1)
+    return s + (torch.where(x >= 0, 1.0, -1.0).to(x.dtype) - s).detach()
+
+
+class Functional(nn.Module):
+    """A net whose activations are no modules."""
+
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.norm = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv2, self.norm2 = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.fc, self.act = nn.Linear(128, 10), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.norm(self.conv(x)))
+        h = self.act(self.norm2(self.conv2(h)))
+        return self.fc(F.avg_pool2d(h, 2).flatten(1))
+
+
+@cache
+def functional(act: Callable[[Tensor], Tensor]) -> Net:
+    return train(Functional(act), 6)
+
+
+@pytest.mark.parametrize("act", [F.relu, clipped_sign])
+@pytest.mark.parametrize(("norm", "reader"), [("norm", "conv2"), ("norm2", "fc")])
+def test_a_dead_activation_that_is_no_module_is_named_first(
+    act: Callable[[Tensor], Tensor], norm: str, reader: str
+) -> None:
+    assert examine(functional(act)).healthy
+    net = copy.deepcopy(functional(act))
+    with torch.no_grad():
+        net.get_submodule(norm).bias.fill_(-100)
+    first = examine(net).findings[0]
+    assert (first.name, first.layer) == ("dead layer", reader)
+    assert "functional code" in first.evidence
+
+
+@pytest.mark.parametrize("norm", ["norm", "norm2"])
+def test_saturated_signs_that_are_no_modules_are_named_first(norm: str) -> None:
+    net = copy.deepcopy(functional(clipped_sign))
+    with torch.no_grad():
+        net.get_submodule(norm).weight.mul_(2000)
+    first = examine(net).findings[0]
+    assert (first.name, first.severity) == ("saturated signs", "high")
+    assert first.evidence.startswith(("At 99", "At 100"))
+    assert norm in [f.layer for f in examine(net).findings if f.name == "saturated signs"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "mlp", "lenet", "mlp signs"])
+def test_one_example_alone_or_many_times_is_no_dead_layer(kind: str) -> None:
+    *_, x, y = digits()
+    net = trained(kind)
+    for few in (x[:1], x[:1].repeat(20, 1, 1, 1)):
+        assert "dead layer" not in [f.name for f in doctor(net, few, y[:1].repeat(len(few))).findings]
+
+
+def test_a_big_net_is_compared_on_little_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(symptoms_gradients, "coordinate_cosine", lambda net, x, *a, **k: seen.append(len(x)) or 1.0)
+    examine(trained("mlp signs"))
+    assert seen == [64, 64, 64]
+    seen.clear()
+    monkeypatch.setattr(symptoms_gradients, "WORK", 2**18)
+    examine(trained("mlp signs"))
+    assert seen == [4]
 
 
 def test_softmax_underflow_is_named_where_the_gradient_is_exactly_zero() -> None:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 import qlab
 from qlab.diagnose.agreement import weight_names
-from qlab.diagnose.flip_oracle import FlipOracle, binary_layers, flip_oracle, flipping
+from qlab.diagnose.behind import Behind
+from qlab.diagnose.flip_oracle import FlipOracle, binary_layers, flip_oracle, flipping, hard_net
+from qlab.diagnose.objective import Objective
 from qlab.errors import InputError, UnknownNameError
 from qlab.methods.binary_networks.ste import STE
 from qlab.quantizers import Sign, Uniform, harden, quantize
@@ -24,6 +26,7 @@ from tests.diagnose.small_nets import (
     detached_sign,
     flipped,
     foreign,
+    generator,
     mlp,
     settled,
 )
@@ -129,11 +132,44 @@ def test_nets_with_control_flow_shared_layers_or_a_batch_that_sees_itself_run_wh
             h = self.a(x)
             return self.b(h - h.mean(0))
 
+    class Beside(Flow):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).tanh()) + x.mean(0)[:3]
+
+    class Sized(Flow):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).tanh().view(9, 8))
+
     x, y = batch(9, 8)
-    for kind in (Flow, Twice, Mixing):
+    for kind in (Flow, Twice, Mixing, Beside, Sized):
         torch.manual_seed(0)
         net = kind().double().eval()
         assert_exact(net, x, y, "a", "whole")
+    alone = flip_oracle(Mixing().double().eval(), x[:1], y[:1], "a")
+    assert alone.path == "whole"
+    assert not alone.delta.any()  # the only example is its own mean
+
+
+class Scaled(Sign):
+    def forward(self, latent: Tensor) -> Tensor:
+        return super().forward(latent) * latent.detach().abs().mean()
+
+
+@pytest.mark.parametrize("inputs", [8, 7])
+def test_ties_that_rounding_decides_are_decided_as_the_net_does(inputs: int) -> None:
+    """Sums of eight (or, behind, six) times +-alpha are often 0 but for rounding, and sign is not the same on both sides."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        nn.Linear(inputs, 6, bias=False), nn.Tanh(), nn.Linear(6, 6, bias=False), nn.Tanh(), nn.Linear(6, 3)
+    )
+    x, y = batch(16, inputs)
+    for weights, path in ((Scaled, "whole"), (Sign, "table")):
+        for dtype in (torch.float64, torch.float32):
+            net = quantize(plain.to(dtype), weights, Sign).eval()
+            result = flip_oracle(net, x.sign().to(dtype), y, "0", loss="margin")
+            expected = flipped(net, x.sign().to(dtype), y, "0.weight", _margin)
+            np.testing.assert_allclose(result.delta, expected, rtol=0, atol=1e-12 if dtype == torch.float64 else 1e-5)
+            assert result.path == path
 
 
 def test_activations_in_place_and_branches_are_not_mixed_up() -> None:
@@ -243,6 +279,39 @@ def test_the_prediction_is_exact_where_the_loss_is_linear_in_the_weight() -> Non
     assert result.agreement.sign_agreement == 1
 
 
+def test_a_layer_written_by_hand_is_told_the_same_as_the_lab_s() -> None:
+    """Latent weights of all sizes: a flip moves the bit, so the prediction is -2 b g, whatever the size of the latent."""
+    latent = torch.randn(3, 8, generator=generator(3), dtype=torch.float64)
+
+    class Hand(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(latent.clone())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(x, detached_sign(self.weight))
+
+    lab = nn.Linear(8, 3, bias=False).double()
+    with torch.no_grad():
+        lab.weight.copy_(latent)
+    x, y = batch(10, 8)
+    a = flip_oracle(nn.Sequential(Hand()).eval(), x, y, "0")
+    b = flip_oracle(quantize(nn.Sequential(lab), lambda: Sign("identity")).eval(), x, y, "0")
+    np.testing.assert_allclose(a.delta, b.delta, atol=1e-12)
+    np.testing.assert_allclose(a.predicted, b.predicted, atol=1e-12)
+    np.testing.assert_allclose(a.gradient, b.gradient, atol=1e-12)
+
+
+def test_dropout_between_layers_does_not_slow_it_down() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Dropout(0.5), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    net = quantize(plain.double(), Sign, Sign).eval()
+    x, y = batch(9, 8)
+    assert_exact(net, x, y, "0", "columns")
+    J = Objective(hard_net(net), x, y)
+    assert Behind(J, "0", "0.weight").next is not None  # a rank-one update into the next layer
+
+
 def test_a_method_is_taken_as_its_net_and_annealing_is_looked_through() -> None:
     method = STE(qlab.build("mlp", (8,), 3, seed=0).double(), activations="sign").eval()
     x, y = batch(6, 8)
@@ -290,6 +359,8 @@ def test_what_cannot_be_answered_is_said() -> None:
         flip_oracle(net, x, None, "fc")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="index runs from 0 to 99; there are 15 weights"):
         flip_oracle(net, x, y, "fc", index=torch.tensor([0, 99]))
+    with pytest.raises(InputError, match="a position twice"):
+        flip_oracle(net, x, y, "fc", index=torch.tensor([2, 2]))
     with pytest.raises(InputError, match=r"index is torch.float32"):
         flip_oracle(net, x, y, "fc", index=torch.tensor([0.5]))
 

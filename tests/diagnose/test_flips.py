@@ -133,10 +133,12 @@ def test_an_oscillating_weight_is_listed_with_its_period() -> None:
         w = torch.ones(2, 3)
         w[1, 2] = 1 if (step // 4) % 2 == 0 else -1  # a full swing takes eight steps
         w[0, 1] = 1 if step < 25 else -1
+        w[0, 2] = -1 if 5 <= step < 9 else 1  # two flips are no oscillation
         recorder.append(step, {"w": w})
     found = flips(recorder.history())
     assert found.oscillating == 1
-    top, other = found.swings.to_dict("records")
+    top, twice, other = found.swings.to_dict("records")
+    assert (twice["index"], twice["flips"]) == ((0, 2), 2)
     assert (top["index"], top["flips"], top["period"], top["longest_run"]) == ((1, 2), 10, 8.0, 4)
     assert (other["index"], other["flips"], other["last_flip"], other["longest_run"]) == ((0, 1), 1, 25, 25)
     assert np.isnan(other["period"])
@@ -351,10 +353,46 @@ def test_any_broken_file_gives_one_clear_error(tmp_path: Path) -> None:
     np.savez(broken, meta=np.array([{}], dtype=object), steps=history.steps, words=history.words, digest=history.steps)
     with pytest.raises(DataFileError, match="not a readable"):
         History.load(broken)
+    with np.load(path) as parts:
+        content = {key: parts[key] for key in parts.files}
+    other = {**content, "words": content["words"] ^ np.uint64(1)}  # a sound archive of other words
+    np.savez(broken, **other)
+    with pytest.raises(DataFileError, match="digest"):
+        History.load(broken)
     with zipfile.ZipFile(broken, "w") as archive:
         archive.writestr("meta.npy", b"nothing")
     with pytest.raises(DataFileError):
         History.load(broken)
+
+
+class Trap:
+    """What runs when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.target,)
+
+
+def test_no_pickle_in_a_file_is_run(tmp_path: Path) -> None:
+    history, _ = recorded()
+    for key in ("meta", "steps", "words", "digest"):
+        with np.load(history.save(tmp_path / "bits.npz")) as parts:
+            content = {name: parts[name] for name in parts.files}
+        content[key] = np.array([Trap(tmp_path / "sprung")], dtype=object)
+        np.savez(tmp_path / "trap.npz", **content)
+        with pytest.raises(DataFileError, match="not a readable bit history"):
+            History.load(tmp_path / "trap.npz")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_file_that_unpacks_to_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    history, _ = recorded()
+    path = history.save(tmp_path / "bits.npz")
+    monkeypatch.setattr("qlab.diagnose.history.MAX_BYTES", 1000)
+    with pytest.raises(DataFileError, match="too large"):
+        History.load(path)
 
 
 def test_a_recorder_goes_on_from_its_state() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qlab
-from qlab.diagnose.foreign import Flat, piecewise_constant
+from qlab.diagnose.foreign import Flat, piecewise_constant, undeclared
 from qlab.errors import InputError
 from qlab.quantizers import Sign, Uniform, quantize
 
@@ -114,6 +114,24 @@ def test_a_quantizer_without_a_gradient_is_told_from_a_straight_through_one() ->
         found = piecewise_constant(mlp(module), inputs())
         assert named(found) == [("1", "input", "zero")]
         assert "no gradient passes" in str(found[0])
+
+
+def test_a_rule_that_is_saturated_is_straight_through_all_the_same() -> None:
+    net = mlp(HandSign())
+    with torch.no_grad():
+        net[0].weight.mul_(1e6)  # type: ignore[index, union-attr, operator]
+    assert named(piecewise_constant(net, inputs())) == [("1", "input", "straight-through")]
+
+
+def test_only_code_that_nobody_declared_and_that_claims_a_gradient_is_undeclared() -> None:
+    x = inputs()
+    torch.manual_seed(0)
+    assert undeclared(mlp(Sign()), x) == []
+    assert undeclared(mlp(nn.ReLU()), x) == []
+    assert undeclared(mlp(Steep()), x) == []
+    assert undeclared(mlp(nn.ReLU(), FakeQuantLinear(8, 8), nn.ReLU()), x) == []  # weights are no activations
+    assert named(undeclared(mlp(Sign(), nn.Linear(8, 8), HandSign()), x)) == [("3", "input", "straight-through")]
+    assert named(undeclared(Functional().double().eval(), x)) == [("a", "between", "straight-through")]
 
 
 def test_weights_quantized_inside_a_layer_are_recognised() -> None:

@@ -122,6 +122,16 @@ def test_thresholds_stand_where_the_hard_map_jumps() -> None:
     assert float(steps(Sign())[1]) == pytest.approx(0.0, abs=1e-12)
 
 
+def test_a_quantizer_that_stands_in_several_places_is_replaced_in_all(x: Tensor) -> None:
+    torch.manual_seed(0)
+    act, soft = Sign("tanh"), nn.Tanh()
+    a, b, c = (layer.double() for layer in (nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3)))
+    net = nn.Sequential(a, act, b, act, c).eval()
+    for which, by_hand in (("surrogate", soft), ("smoothed", soft), ("deployed", Map(sign))):
+        expected = nn.Sequential(a, by_hand, b, by_hand, c)(x)
+        torch.testing.assert_close(variant(net, which, 1.0)(x), expected, rtol=1e-12, atol=1e-12)
+
+
 def test_a_rule_that_is_no_derivative_is_refused_as_surrogate() -> None:
     net = quantize(qlab.build("mlp", (6,), 3, seed=0), weights=lambda: Sign(lambda v: torch.ones_like(v)))
     with pytest.raises(InputError, match="not the derivative of a known function"):

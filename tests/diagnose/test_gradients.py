@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 import qlab
 from qlab.diagnose.agreement import agreement, cosine
+from qlab.diagnose.coordinates import coordinate_cosine
 from qlab.diagnose.flip_oracle import flip_oracle
 from qlab.diagnose.gradients import Mismatch, believing, mismatch, mismatching
 from qlab.diagnose.saturation import angle
 from qlab.errors import InputError, UnknownNameError
-from qlab.quantizers import Sign, quantize, surrogate
+from qlab.quantizers import Sign, harden, quantize, surrogate
 from qlab.quantizers.drawn import redrawn
-from tests.diagnose.small_nets import batch, conv, cross_entropy, foreign, generator, mlp
+from tests.diagnose.small_nets import batch, conv, cross_entropy, flipped, foreign, generator, mlp
 
 
 class Vector(nn.Module):
@@ -88,13 +89,11 @@ def test_flip_identities_of_a_quadratic() -> None:
     eps = 0.5
     _, cdg = mismatch(net, X, Y, references=["coordinate"], loss=first, eps=eps).points["layer", "coordinate"]
     np.testing.assert_allclose(cdg, np.where(np.abs(w) < eps, flip / eps, 0), atol=1e-12)
-    L = lambda b: b @ A @ b / 2 + c @ b  # noqa: E731
-    for i, j in ((0, 1), (2, 4)):
-        at = [b.clone() for _ in range(3)]
-        at[0][i] *= -1
-        at[1][j] *= -1
-        at[2][[i, j]] *= -1
-        assert float(L(at[2]) - L(at[0]) - L(at[1]) + L(b)) == pytest.approx(float(4 * b[i] * b[j] * A[i, j]))
+    before = flip_oracle(net, X, Y, "layer", loss=first).delta
+    for i, j in ((0, 1), (2, 4)):  # what flipping j does differs by 4 b_i b_j A_ij once i is flipped
+        v = [-u if k == i else u for k, u in enumerate(w)]
+        after = flip_oracle(Vector(v, net.f, hard=True).double().eval(), X, Y, "layer", loss=first).delta
+        assert after[j] - before[j] == pytest.approx(float(4 * b[i] * b[j] * A[i, j]), abs=1e-12)
 
 
 def test_in_a_smooth_float_net_every_reference_tends_to_the_gradient() -> None:
@@ -181,6 +180,38 @@ def test_input_gradients_of_a_smooth_net_agree_and_of_a_sign_net_less() -> None:
     assert row(bad, "input", "smoothed").corrected < 0.95
     assert [r.reference for r in bad.rows] == ["coordinate", "smoothed"]
     assert bad.summary().startswith("Back-propagated gradient of the inputs (surrogate)")
+
+
+def test_few_pairs_give_the_corrected_cosine_of_many() -> None:
+    x, y = batch(40, 6)
+    options = {"of": "inputs", "references": ["smoothed"], "s": 0.5}
+    truth = row(mismatch(mlp(inputs=6), x, y, pairs=2000, **options), "input", "smoothed")
+    assert truth.reliability > 0.98
+    few = [row(mismatch(mlp(inputs=6), x, y, pairs=20, seed=k, **options), "input", "smoothed") for k in range(6)]
+    # spread over six seeds: about 0.05 each, so 0.02 for their mean; the raw cosines are too low by a quarter
+    assert np.mean([r.corrected for r in few]) == pytest.approx(truth.cosine, abs=0.06)
+    assert np.mean([r.reliability for r in few]) == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize("alpha", [[1.0, 1.0, 1.0], [0.3, 1.0, 4.0]])
+def test_the_quick_cosine_of_sign_weights_is_that_of_exact_flips(alpha: list[float]) -> None:
+    net, (x, y) = harden(mlp(hidden=(9, 3))), batch(12, 8)
+    w = net.get_parameter("hidden.3.weight")
+    with torch.no_grad():
+        w *= torch.tensor(alpha, dtype=torch.float64)[:, None]
+    quick = coordinate_cosine(net, x, y, "hidden.3.weight", signs=True, count=27, generator=generator(0))
+    g = torch.autograd.grad(cross_entropy(net(x), y).mean(), w)[0]
+    changes = flipped(net, x, y, "hidden.3.weight", cross_entropy).reshape(w.shape)
+    assert quick == pytest.approx(cosine(g, -changes / (2 * w)), abs=1e-12)
+    assert 0.1 < quick < 0.99
+
+
+def test_a_net_that_is_one_layer_is_compared_under_its_weights_name() -> None:
+    x, y = batch(9, 6)
+    for net in (nn.Linear(6, 3).double().eval(), quantize(nn.Linear(6, 3).double(), Sign).eval()):
+        found = mismatch(net, x, y, ["weight"], ["coordinate", "flip"])
+        assert [r.layer for r in found.rows] == ["weight"] * len(found.rows)
+    assert [r.reference for r in found.rows] == ["coordinate", "flip"]
 
 
 def test_indirect_measures_are_what_they_say() -> None:
@@ -293,6 +324,9 @@ def test_what_cannot_be_compared_is_said() -> None:
     net, (x, y) = mlp(), batch(12, 8)
     with pytest.raises(UnknownNameError, match="layer 'nowhere'"):
         mismatch(net, x, y, ["nowhere"])
+    for layers in ("fc", []):
+        with pytest.raises(InputError, match="expected a sequence of names, some of hidden.0"):
+            mismatch(net, x, y, layers)
     with pytest.raises(UnknownNameError, match="reference 'truth'"):
         mismatch(net, x, y, references=["truth"])
     with pytest.raises(InputError, match="expected some of"):

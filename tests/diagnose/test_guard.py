@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 from qlab.diagnose import guard
 from qlab.diagnose.attribution import attribute
 from qlab.quantizers import Sign
-from tests.diagnose.test_attribution import Functional, batch, fresh, mlp
+from tests.diagnose.attribution_nets import Functional, batch, cnn, fresh, mlp
 
 GRADIENTS = ("saliency", "input_x_gradient", "integrated_gradients", "smoothgrad")
 
@@ -72,17 +74,8 @@ class Broken(torch.autograd.Function):
         return g / 0
 
 
-class WithBroken(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(Broken.apply(x))
-
-
-class Custom(torch.autograd.Function):
-    """A step with a rule of its own."""
+class Custom(Broken):
+    """A sign with a rule of its own."""
 
     @staticmethod
     def forward(ctx: object, x: Tensor) -> Tensor:
@@ -93,13 +86,15 @@ class Custom(torch.autograd.Function):
         return g
 
 
-class WithCustom(nn.Module):
-    def __init__(self) -> None:
+class WithStep(nn.Module):
+    """A net with a step that is an autograd Function, no module."""
+
+    def __init__(self, step: type[torch.autograd.Function]) -> None:
         super().__init__()
-        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.step, self.a, self.b = step, nn.Linear(6, 8), nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.b(Custom.apply(self.a(x)))
+        return self.b(self.step.apply(self.a(x)))
 
 
 def test_a_float_net_raises_no_alarm() -> None:
@@ -148,7 +143,7 @@ def test_a_flat_gradient_of_a_quantized_input_is_no_information(make: type[nn.Mo
 
 
 def test_a_map_of_nan_is_no_information() -> None:
-    a = attribute(fresh(WithBroken), batch(4, 6), 1, ("saliency", "feature_ablation"))
+    a = attribute(fresh(lambda: WithStep(Broken)), batch(4, 6), 1, ("saliency", "feature_ablation"))
     assert a["saliency"].silent.all()
     assert a["saliency"].verdict == ("no information", "the map holds NaN or infinite values (4 of 4 examples)")
     assert a["feature_ablation"].verdict.word == "holds"
@@ -189,12 +184,48 @@ def test_one_silent_example_is_counted_without_damning_the_map() -> None:
     assert m.verdict.word != "no information"
 
 
-@pytest.mark.parametrize("make", [Functional, WithCustom])
-def test_steps_that_are_no_modules_are_found(make: type[nn.Module]) -> None:
+@pytest.mark.parametrize(("make", "named"), [(Functional, False), (lambda: WithStep(Custom), True)])
+def test_steps_that_are_no_modules_are_found(make: Callable[[], nn.Module], named: bool) -> None:
     a = attribute(fresh(make), batch(8, 6), 1, ("integrated_gradients", "deeplift"))
     assert [m.explains for m in a.maps] == ["surrogate", "surrogate"]
     assert [m.verdict.word for m in a.maps] == ["incomplete", "incomplete"]
-    assert ("Custom" in a.why) == (make is WithCustom)
+    assert ("Custom" in a.why) == named
+
+
+def hidden(net: nn.Module, x: Tensor) -> str:
+    return guard.hidden_step(net.requires_grad_(False), x, torch.zeros_like(x), torch.ones(len(x), dtype=torch.int64))
+
+
+@pytest.mark.parametrize("n", [1, 5])
+def test_a_hidden_sign_is_found_in_every_net_and_a_float_net_is_never_accused(n: int) -> None:
+    for seed in range(40):
+        x = batch(n, 6, seed=seed)
+        assert "whatever the number of steps" in hidden(fresh(Functional, seed), x)
+        for activation in (nn.ReLU, nn.Hardtanh, nn.Tanh):
+            assert hidden(mlp(activation, seed=seed), x) == ""
+
+
+def test_jumps_up_and_down_that_cancel_are_found() -> None:
+    class Window(nn.Module):
+        """1 between 0.3 and 0.6 of the path, 0 at both ends; the straight-through rule's slope is zero everywhere."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = torch.cat((x - 0.3, x - 0.6), 1)
+            z = z + (z.sign() - z).detach()
+            return (z[:, :1] - z[:, 1:]) / 2 * torch.ones(3, dtype=x.dtype)
+
+    assert "whatever the number of steps" in hidden(Window(), torch.ones(1, 1, dtype=torch.float64))
+
+
+def test_deep_float_nets_with_many_kinks_are_not_accused() -> None:
+    def deep() -> nn.Module:
+        net = nn.Sequential(nn.Linear(6, 64), nn.ReLU(), *[m for _ in range(5) for m in (nn.Linear(64, 64), nn.ReLU())])
+        with torch.no_grad():
+            for layer in net[::2]:
+                layer.weight *= 2.5
+        return net.append(nn.Linear(64, 3))
+
+    assert not any(hidden(fresh(deep, seed), batch(1, 6, seed=seed)) for seed in range(40))
 
 
 def test_rank_correlation_equals_scipy() -> None:
@@ -205,6 +236,37 @@ def test_rank_correlation_equals_scipy() -> None:
     where = g.random((7, 9)) < 0.7
     expected = [spearmanr(p[w], q[w]).statistic for p, q, w in zip(a, b, where, strict=True)]
     np.testing.assert_allclose(guard.spearman(a, b, where), expected, atol=1e-12)
+
+
+def test_ranks_are_scipys_over_the_features_that_count_and_without_sign_where_a_map_has_none() -> None:
+    x = batch(5, 8)
+    x[:, 3] = 0  # at the baseline: no part of the order by ablation
+    a = attribute(mlp(Sign, inputs=8), x, 1, ("saliency", "input_x_gradient", "deeplift"))
+    for m, of in zip(a.maps, (np.abs, np.asarray, np.asarray), strict=True):
+        kept = [0, 1, 2, 4, 5, 6, 7]
+        rank = [spearmanr(p[kept], of(q)[kept]).statistic for p, q in zip(m.scores, a.ablation, strict=True)]
+        np.testing.assert_allclose(m.rank_ablation, rank, atol=1e-12)
+        rank = [spearmanr(p, of(q)).statistic for p, q in zip(m.scores, a.flips, strict=True)]
+        np.testing.assert_allclose(m.rank_flips, rank, atol=1e-12)
+    assert not np.allclose(a.maps[0].rank_ablation, a.maps[0].rank_flips)
+
+
+def test_the_floor_under_small_differences_is_rounding_only() -> None:
+    net = fresh(lambda: nn.Linear(2, 2))
+    with torch.no_grad():
+        net.get_parameter("weight").copy_(torch.tensor([[1.0, -0.999], [0, 1]], dtype=torch.float64))
+    x = torch.tensor([[1.0, 1.0], [2.0, 2.0]], dtype=torch.float64)
+    m = attribute(net, x, 0, ("saliency",))["saliency"]
+    np.testing.assert_allclose(m.relative, m.residual / np.array([0.001, 0.002]), rtol=1e-6)
+
+
+def test_zeros_that_gradcams_relu_wrote_are_by_construction() -> None:
+    m = attribute(cnn(nn.ReLU), batch(6, 1, 6, 6), 1, ("layer_gradcam",))["layer_gradcam"]
+    some = (m.scores != 0).any(1)
+    assert some.any()
+    assert (m.scores[some] == 0).any()
+    assert (m.zeros[some][m.scores[some] == 0] == guard.CONSTRUCTION).all()
+    assert not m.silent[some].any()
 
 
 def test_no_order_gives_no_rank() -> None:
@@ -234,6 +296,12 @@ def test_a_map_that_was_turned_round_ranks_differently() -> None:
 def test_the_gravest_finding_decides() -> None:
     ones = np.ones(4)
     assert guard.verdict("surrogate", True, ones, ones > 0, "flat", ones, "").word == "no information"
+    half = np.array([True, True, False, False])
+    assert guard.verdict("exact", False, 0 * ones, half, "flat", ones, "") == (
+        "no information",
+        "flat (2 of 4 examples)",
+    )
+    assert guard.verdict("exact", False, 0 * ones, ones.cumsum() < 2, "flat", ones, "").word == "holds"
     assert guard.verdict("surrogate", True, ones, ones < 0, "", ones, "").word == "incomplete"
     assert guard.verdict("surrogate", False, ones, ones < 0, "", ones, "why").word == "surrogate"
     assert guard.verdict("exact", False, ones, ones < 0, "", ones * np.nan, "").word == "holds"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from qlab.diagnose.functions import variant
 from qlab.diagnose.honesty import Circulation, circulating, circulation
 from qlab.errors import InputError, UnknownNameError
 from qlab.quantizers import Sign, quantize
-from tests.diagnose.small_nets import batch, foreign, mlp
+from tests.diagnose.small_nets import batch, detached_sign, foreign, mlp
 
 
 def smooth() -> nn.Module:
@@ -57,10 +58,10 @@ def test_its_surrogate_function_is_honest() -> None:
         assert b.circulation.mean() > 1e3 * a.circulation.max()
 
 
-def test_a_vortex_has_circulation_one() -> None:
-    """g = (-w_2, w_1) around the origin: the field is tangential everywhere."""
+def field(at: list[float], g: Callable[[Tensor], Tensor]) -> nn.Module:
+    """Return a net of two weights (1, 2) whose back-propagated gradient of the first logit is g(w) (2,), and whose loss is 0."""
 
-    class Vortex(torch.autograd.Function):
+    class Field(torch.autograd.Function):
         generate_vmap_rule = True
 
         @staticmethod
@@ -72,52 +73,36 @@ def test_a_vortex_has_circulation_one() -> None:
             ctx.save_for_backward(*inputs)
 
         @staticmethod
-        def backward(ctx, g: Tensor) -> Tensor:
+        def backward(ctx, grad: Tensor) -> Tensor:
             (w,) = ctx.saved_tensors
-            return g * torch.stack([-w[0, 1], w[0, 0]])[None]
+            return grad * g(w[0])[None]
 
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.w = nn.Parameter(torch.tensor([[1e-9, 0.0]], dtype=torch.float64))
+            self.w = nn.Parameter(torch.tensor([at], dtype=torch.float64))
 
         def forward(self, x: Tensor) -> Tensor:
-            return x[:, :2] * 0 + Vortex.apply(self.w)
+            return x[:, :2] * 0 + Field.apply(self.w)
 
-    x, y = batch(3, 2, classes=2)
-    found = circulation(Net().eval(), x, y, ["w"], radius=1e9, loss=lambda z, y: z[..., 0])
+    return Net().eval()
+
+
+def first(z: Tensor, y: Tensor) -> Tensor:
+    return z[..., 0]
+
+
+def test_a_vortex_has_circulation_one() -> None:
+    """g = (-w_2, w_1) around the origin: the field is tangential everywhere."""
+    net = field([1e-9, 0.0], lambda w: torch.stack([-w[1], w[0]]))
+    found = circulation(net, *batch(3, 2, classes=2), ["w"], radius=1e9, loss=first)
     np.testing.assert_allclose(found.spaces[0].circulation, 1, atol=1e-6)
 
 
 def test_the_integral_around_a_known_curl_is_its_area() -> None:
     """g = B w has curl B_21 - B_12: the integral around a circle of radius r in the plane is pi r^2 times that."""
-
-    class Affine(torch.autograd.Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(w: Tensor) -> Tensor:
-            return w.sum() * 0
-
-        @staticmethod
-        def setup_context(ctx, inputs, output) -> None:
-            ctx.save_for_backward(*inputs)
-
-        @staticmethod
-        def backward(ctx, g: Tensor) -> Tensor:
-            (w,) = ctx.saved_tensors
-            return g * torch.stack([w[0, 0] - 0.5 * w[0, 1], 1.5 * w[0, 0] + 2 * w[0, 1]])[None]
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.w = nn.Parameter(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x[:, :2] * 0 + Affine.apply(self.w)
-
-    x, y = batch(3, 2, classes=2)
-    found = circulation(Net().eval(), x, y, ["w"], radius=0.5, points=64, loss=lambda z, y: z[..., 0])
+    net = field([3.0, 4.0], lambda w: torch.stack([w[0] - 0.5 * w[1], 1.5 * w[0] + 2 * w[1]]))
+    found = circulation(net, *batch(3, 2, classes=2), ["w"], radius=0.5, points=64, loss=first)
     r = 2.5
     t = np.linspace(0, 2 * np.pi, 200_000, endpoint=False)
     w = np.stack([3 + r * np.cos(t), 4 + r * np.sin(t)])
@@ -144,19 +129,26 @@ def test_quadrature_errors_shrink_with_the_points_where_the_field_jumps() -> Non
 
 
 def test_nets_of_the_old_style_take_the_slow_way_to_the_same_numbers() -> None:
-    class Slow(nn.Module):
-        def __init__(self, net: nn.Module) -> None:
-            super().__init__()
-            self.net = net
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.net(x)
-
+    """The old style back-propagates through [-1, 1] only, as the sum of a clip and a constant does."""
     x, y = batch(10, 8)
-    a = circulation(foreign(False), x, y, ["0"], loops=2, points=8)
-    b = circulation(foreign(True), x, y, ["0"], loops=2, points=8)
-    assert np.isfinite(b.spaces[0].circulation).all()
-    assert len(a.spaces[0].circulation) == len(b.spaces[0].circulation) == 2
+    clipped = lambda v: (detached_sign(v) - v.clamp(-1, 1)).detach() + v.clamp(-1, 1)  # noqa: E731
+    twin = foreign()
+    for module in twin:
+        module.sign = clipped
+    a, b = (circulation(net, x, y, ["0", "input"], loops=2, points=8) for net in (twin, foreign(old_style=True)))
+    for s, t in zip(a.spaces, b.spaces, strict=True):
+        assert t.circulation.min() > 0
+        np.testing.assert_allclose(s.circulation, t.circulation, rtol=1e-9)
+        np.testing.assert_allclose(s.residual, t.residual, rtol=1e-9)
+
+
+def test_a_layer_of_one_number_has_no_plane_and_is_passed_over() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 1), nn.Tanh(), nn.Linear(1, 1), nn.Tanh(), nn.Linear(1, 3)).double().eval()
+    x, y = batch(6, 4)
+    assert [s.space for s in circulation(net, x, y, loops=1, points=8).spaces] == ["0", "4", "input"]
+    with pytest.raises(InputError, match="2 holds one number"):
+        circulation(net, x, y, ["2"])
 
 
 def test_a_seed_repeats_and_updates_grow() -> None:
@@ -183,6 +175,9 @@ def test_what_cannot_be_integrated_is_said() -> None:
     net, (x, y) = mlp(), batch(12, 8)
     with pytest.raises(UnknownNameError, match="nowhere"):
         circulation(net, x, y, ["nowhere"])
+    for spaces in ("fc", []):
+        with pytest.raises(InputError, match="expected a sequence of names, some of hidden.0"):
+            circulation(net, x, y, spaces)
     with pytest.raises(InputError, match="even number"):
         circulation(net, x, y, points=7)
     with pytest.raises(InputError, match="radius is 0"):

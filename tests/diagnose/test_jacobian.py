@@ -71,6 +71,9 @@ def test_the_largest_values_of_a_big_jacobian_come_from_products() -> None:
     more = jacobian(net, x, method="lanczos", top=15)
     assert np.allclose(more.values[0][:, :3], exact, rtol=1e-4)
     assert jacobian(net, x, memory=1).complete == (False,)
+    assert math.isnan(found.beta1)  # the mean of the largest is not the mean
+    assert "of the 3 largest singular values" in found.summary()
+    assert "A factor" not in found.summary()
     assert math.isnan(found.frame()["smallest"][0])
 
 
@@ -102,6 +105,14 @@ def test_an_orthogonal_net_is_an_isometry() -> None:
     assert found.condition[0].max() == pytest.approx(1)
 
 
+def test_the_distance_from_isometry_is_that_of_logarithms_to_the_mean() -> None:
+    net = nn.Sequential(nn.Linear(3, 3, bias=False)).double().eval()
+    with torch.no_grad():
+        net[0].weight.copy_(torch.diag(torch.tensor([1.0, 2.0, 6.0])))
+    logs = np.log(np.array([1, 2, 6]) / 3)
+    assert jacobian(net, inputs(2, 3)).isometry[0] == pytest.approx(math.sqrt((logs**2).mean()))
+
+
 def test_through_signs_the_jacobian_is_that_of_the_backward_rules() -> None:
     net, x = quantize(made(), weights=Sign, activations=Sign).eval(), inputs()
     with torch.no_grad():
@@ -115,6 +126,18 @@ def test_through_signs_the_jacobian_is_that_of_the_backward_rules() -> None:
         assert np.allclose(found.values[0], exact, atol=1e-9)
         assert found.exact == (False, True)
         assert "surrogate" in found.summary()
+
+
+def test_through_foreign_signs_the_jacobian_is_not_called_exact() -> None:
+    class Handwritten(nn.Module):
+        def forward(self, u: Tensor) -> Tensor:
+            c = u.clamp(-1, 1)
+            return c + (torch.where(u >= 0, 1.0, -1.0).to(u.dtype) - c).detach()
+
+    net = made(activation=Handwritten)
+    assert jacobian(net, inputs(), "all").exact == (False, False, False, True, True)
+    assert jacobian(net, inputs(), ["input"], "1").exact == (True,)
+    assert jacobian(net, inputs(), ["input"], "2").exact == (False,)
 
 
 @pytest.mark.parametrize(("n", "d"), [(256, 10), (256, 64), (400, 100)])

@@ -30,6 +30,15 @@ def test_as_many_steps_as_rows_give_the_whole_spectrum_and_weights_that_sum_to_o
     assert torch.allclose(weights.sum(1), torch.ones(3, dtype=torch.float64), rtol=0, atol=1e-13)
 
 
+def test_as_many_steps_as_rows_give_the_diagonal_to_1e_13() -> None:
+    nodes, weights = quadrature(*lanczos(lambda v: v @ DIAGONAL, starts(8, 5), 5))
+    exact = DIAGONAL.diagonal().sort().values.expand(8, 5)
+    assert torch.allclose(nodes, exact, rtol=0, atol=1e-13)
+    assert torch.allclose(weights.sum(1), torch.ones(8, dtype=torch.float64), rtol=0, atol=1e-13)
+    v = starts(8, 5).square()
+    assert torch.allclose(weights, (v / v.sum(1, keepdim=True))[:, [4, 3, 2, 1, 0]], rtol=0, atol=1e-12)
+
+
 def test_the_quadrature_is_exact_for_polynomials_of_degree_2m_minus_1() -> None:
     H, m = symmetric(30) / 5, 4
     v = starts(2, 30)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qlab
+from qlab.diagnose.chain import mapped
 from qlab.diagnose.directions import Direction, between, random_direction
 from qlab.diagnose.functions import FUNCTIONS, variant
 from qlab.diagnose.landscape import Landscape, landscape, load_landscape
@@ -76,6 +77,54 @@ def test_biases_and_batch_norm_vectors_move_too_where_a_direction_says_so() -> N
         found = Affine(Many(one, x, y, way="chain"), [d])(points)
         np.testing.assert_allclose(found.loss, loss, rtol=1e-10)
         np.testing.assert_allclose(found.accuracy, right)
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_folded_batch_norm_bears_biases_and_negative_scales(last: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    layers = [nn.Linear(64, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 10), nn.BatchNorm1d(10)]
+    net = nn.Sequential(*layers[: 5 if last else 4]).double().eval()
+    with torch.no_grad():
+        for t in (*net.parameters(), *(b for b in net.buffers() if b.is_floating_point())):
+            t.copy_(torch.randn(t.shape, generator=g, dtype=t.dtype))
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm1d):
+                m.running_var.abs_()  # type: ignore[union-attr]
+    x, y = batch(40)
+    points = torch.tensor([[-1.0], [0.0], [0.4]], dtype=torch.float64)
+    every = {n: torch.randn(p.shape, generator=g, dtype=p.dtype) for n, p in net.named_parameters()}
+    for some in (every, {"0.weight": every["0.weight"]}, {"3.weight": every["3.weight"]}, {"3.bias": every["3.bias"]}):
+        many = Many(net, x, y)
+        assert many.way == "chain"
+        np.testing.assert_allclose(Affine(many, [some])(points).loss, by_hand(net, [some], points, x, y)[0], rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_value_that_batch_norm_puts_on_the_jump_of_a_sign_stays_on_its_side(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 40, bias=False), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 10, bias=False))
+    net = quantize(net, Sign, Sign).to(dtype).eval()
+    x = (torch.randint(0, 17, (50, 20), generator=g) / 16).to(dtype)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape, generator=g))
+        norm = net[1]
+        assert isinstance(norm, nn.BatchNorm1d)
+        sums = net[0](x)
+        norm.running_mean.copy_(sums[:40].diagonal())  # type: ignore[union-attr]
+        norm.running_var.uniform_(0.5, 3, generator=g)  # type: ignore[union-attr]
+        norm.bias.zero_()
+        assert int((norm(sums) == 0).sum()) > 5  # sums of sixteenths are exact, so that these are no accident
+        d = {name: torch.ones_like(p) for name, p in net.named_parameters() if name.startswith("0.")}
+        many = Many(variant(net, "deployed"), x, torch.arange(50) % 10)
+        assert many.way == "chain"
+        here = float(Affine(many, [d])(torch.zeros(1, 1)).loss)
+        np.testing.assert_allclose(here, float(F.cross_entropy(net(x), torch.arange(50) % 10)), rtol=1e-5)
+
+
+def test_minus_zero_has_sign_plus_one_in_place_or_not() -> None:
+    for own in (True, False):
+        assert mapped(Sign(), torch.tensor([-0.0, 0.0, -1.0]), own).tolist() == [1, 1, -1]
 
 
 def test_a_line_between_two_nets_moves_the_running_statistics() -> None:
@@ -182,6 +231,114 @@ def test_foreign_nets_have_one_function_and_any_forward(make: type[nn.Module], w
     assert "No weights are quantized" in land.summary()
 
 
+class Signed(nn.Linear):
+    """Takes the signs of its weights in a forward pass of its own, as foreign binary nets do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, torch.where(self.weight >= 0, 1.0, -1.0).to(x), self.bias)
+
+
+def odd(kind: str) -> nn.Module:
+    """Return a net that runs layer after layer, and yet is no chain of what these layers usually do."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 10))
+        if kind == "own forward":
+            net[0] = Signed(64, 8)
+        elif kind == "own hard map":
+            net = quantize(net, AlphaSign)
+        elif kind == "tied":
+            net[1], net[3] = nn.Identity(), nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+            net[3][0].weight = net[2].weight
+        elif kind == "weight norm":
+            net[2] = nn.utils.parametrizations.weight_norm(net[2])
+        elif kind == "hook":
+            net[2].register_forward_hook(lambda module, given, found: 2 * found)
+        elif kind == "batch statistics":
+            net[1] = nn.BatchNorm1d(8, track_running_stats=False)
+    return net.double().eval()
+
+
+class AlphaSign(Sign):
+    """A sign with a scale that follows the weights."""
+
+    def forward(self, latent: Tensor) -> Tensor:
+        return super().forward(latent) * latent.abs().mean()
+
+
+@pytest.mark.parametrize("kind", ["own forward", "own hard map", "tied", "weight norm", "hook", "batch statistics"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_layers_that_do_more_than_their_class_are_run_as_they_are(kind: str) -> None:
+    net, (x, y) = odd(kind), batch(40)
+    g = torch.Generator().manual_seed(0)
+    d = {n: torch.randn(p.shape, generator=g, dtype=p.dtype) for n, p in net.named_parameters()}
+    land = landscape(net, x, y, d, points=3, functions=["deployed"])
+    for a, loss in zip(land.a, land.loss["deployed"][:, 0], strict=True):
+        with torch.no_grad():
+            there = {n: p + a * d[n] for n, p in net.named_parameters()}
+            np.testing.assert_allclose(
+                loss, F.cross_entropy(torch.func.functional_call(net, there, (x,)), y), rtol=1e-10
+            )
+
+
+class Failing(Residual):
+    """Breaks where its weights have moved."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((self.a.weight.detach().abs() > 0.5).any()):
+            raise RuntimeError("the seventh seal")
+        return super().forward(x)
+
+
+def test_an_error_of_the_net_or_of_the_loss_comes_out_and_a_loss_that_cannot_be_batched_is_run_by_rows() -> None:
+    net, (x, y) = trained("both"), batch(30)
+    d = plane(net, 1)[0]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        failing = Failing().double().eval()
+    with pytest.raises(RuntimeError, match="the seventh seal"):
+        landscape(failing, x, y, random_direction(failing, 0), points=3, span=50.0)
+
+    def by_item(z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z / max(1.0, float(z.abs().max())), y, reduction="none")
+
+    def batched(z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z / z.abs().amax().clamp(min=1.0), y, reduction="none")
+
+    one, other = (landscape(net, x, y, d, points=3, loss=loss) for loss in (by_item, batched))
+    for f in one.functions:
+        np.testing.assert_allclose(one.loss[f], other.loss[f], rtol=1e-12)
+
+    def broken(z: Tensor, y: Tensor) -> Tensor:
+        raise RuntimeError("the eighth seal")
+
+    with pytest.raises(RuntimeError, match="the eighth seal"):
+        landscape(net, x, y, d, points=3, loss=broken)
+    with pytest.raises(InputError, match=r"shape \(\) for 30 examples"):
+        landscape(net, x, y, d, points=3, loss=F.cross_entropy)
+
+
+def test_points_without_a_finite_loss_are_counted_and_zero_is_written_as_zero() -> None:
+    net = nn.Sequential(nn.Linear(1, 2, bias=False)).double().eval()
+    with torch.no_grad():
+        net[0].weight.zero_()
+    x, y = torch.tensor([[1.0], [2.0]], dtype=torch.float64), torch.tensor([0, 1])
+    d = {"0.weight": torch.tensor([[1.0], [-1.0]], dtype=torch.float64)}
+
+    def steep(z: Tensor, y: Tensor) -> Tensor:
+        return 1 / (z[..., 0] - z[..., 1]).clamp(min=0)
+
+    land = landscape(net, x, y, d, span=(-0.3, 0.3), points=7, loss=steep)
+    assert "At 4 of the 7 points evaluated it is infinite or NaN" in land.summary()
+    land.figure()
+    nowhere = landscape(net, x, y, d, points=3, loss=lambda z, y: z[..., 0] * float("nan"))
+    assert "At 3 of the 3 points evaluated" in nowhere.summary()
+    nowhere.figure()
+    land = landscape(net, x, torch.zeros_like(y), d, span=(-0.7, 1.4), points=10, loss=lambda z, y: z[..., 0] ** 2)
+    assert 0 < abs(land.a[3]) < 1e-15
+    assert "at a = 0 to" in land.summary()
+
+
 def test_float_nets_equal_the_package_loss_landscapes_at_its_own_points() -> None:
     from loss_landscapes import planar_interpolation
     from loss_landscapes.metrics import Loss
@@ -207,8 +364,9 @@ def test_ties_are_decided_as_argmax_decides_them() -> None:
     assert float(found.accuracy) == float((net(x).argmax(1) == y).double().mean()) == 0.5
 
 
-def test_the_smoothed_function_tends_to_the_deployed_one() -> None:
-    net, (x, y) = trained("weights"), batch(100)
+@pytest.mark.parametrize("kind", ["weights", "both"])
+def test_the_smoothed_function_tends_to_the_deployed_one(kind: str) -> None:
+    net, (x, y) = trained(kind), batch(100)
     gaps = []
     for k in (10, 1e3, 1e9):
         land = landscape(net, x, y, plane(net, 1)[0], points=9, sharpness=k)

@@ -16,9 +16,9 @@ from qlab.diagnose.meanfield import (
     correlation_map,
     length_map,
     meanfield,
-    predicted_gradients,
     simulate,
 )
+from qlab.diagnose.meanfield_chain import predicted_gradients
 from qlab.diagnose.signal import signal
 from qlab.errors import InputError, UnknownNameError
 from qlab.quantizers import SURROGATES, Sign, quantize
@@ -195,6 +195,50 @@ def test_gradients_of_a_random_binary_net_with_batch_norm_are_predicted_layer_by
     relative = np.sqrt((found.gradient**2).mean(1) / (found.gradient[-1] ** 2).mean())
     for name, value in zip(found.names, relative, strict=True):
         assert predicted[name] == pytest.approx(value, rel=0.12), name
+
+
+def test_the_variance_over_examples_is_not_biased_by_few_of_them() -> None:
+    # 1 / ||g||^2 before a batch norm is linear in the variance, whose unbiased estimate is the mean of those of all pairs.
+    net = nn.Sequential(nn.Linear(6, 4, bias=False), nn.BatchNorm1d(4, affine=False)).double().eval()
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1
+    pairs = [predicted_gradients(net, x[[i, j]])["input"] ** -2 for i in range(5) for j in range(i)]
+    assert predicted_gradients(net, x)["input"] ** -2 == pytest.approx(np.mean(pairs), rel=1e-10)
+    with pytest.raises(InputError, match="at least two"):
+        predicted_gradients(net, x[:1])
+
+
+def test_random_nets_take_the_surrogate_of_their_prediction() -> None:
+    prediction = meanfield("sign", 4, q0=1.0, which="identity")
+    measured = simulate(prediction, 200, 20).measured
+    assert measured is not None
+    assert np.allclose(np.log(measured.gradient), np.log(prediction.gradient), atol=0.1)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_biases_and_affine_norms_are_predicted_too(norm: bool) -> None:
+    g = torch.Generator().manual_seed(3)
+    hidden, layers, n = 500, [], 100
+    for _ in range(2):
+        layers += [nn.Linear(n, hidden), *([nn.BatchNorm1d(hidden)] if norm else []), nn.Tanh()]
+        n = hidden
+    net = nn.Sequential(*layers, nn.Linear(n, 10)).double()
+    with torch.no_grad():
+        for m in net:
+            if isinstance(m, nn.Linear):
+                m.weight.normal_(0, 1.5 / math.sqrt(m.in_features), generator=g)
+                m.bias.normal_(0, 1.2, generator=g)
+            elif isinstance(m, nn.BatchNorm1d):
+                m.weight.fill_(1.4)  # scales that differ make units no samples of one Gaussian
+                m.bias.normal_(0, 0.8, generator=g)
+                m.momentum = None
+        x = torch.randn(512, 100, generator=g, dtype=torch.float64)
+        net.train()(x)
+    net.eval()
+    predicted = predicted_gradients(net, x)
+    found = signal(net, x, torch.randint(0, 10, (512,), generator=g), beta=1e-3)
+    relative = np.sqrt((found.gradient**2).mean(1) / (found.gradient[-1] ** 2).mean())
+    for name, value in zip(found.names, relative, strict=True):
+        assert predicted[name] == pytest.approx(value, rel=0.1), name
 
 
 def test_flat_pictures_and_linear_nets_are_chains_too() -> None:

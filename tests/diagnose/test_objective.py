@@ -82,3 +82,13 @@ def test_what_does_not_fit_is_named() -> None:
         Objective(net, x, y, loss="hinge")
     with pytest.raises(InputError, match="beta must be positive"):
         Objective(net, x, y, beta=0)
+
+
+def test_one_logit_is_no_classification_but_fits_a_loss_of_ones_own() -> None:
+    net = nn.Linear(4, 1).double().eval()
+    x, y = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.zeros(3).long()
+    for loss in ("margin", "cross_entropy"):
+        with pytest.raises(InputError, match=f"one logit, and '{loss}' compares classes"):
+            Objective(net, x, y, loss=loss)
+    J = Objective(net, x, y, loss=lambda z, y: z[..., 0])
+    torch.testing.assert_close(J.gradient()["weight"][0], x.mean(0))

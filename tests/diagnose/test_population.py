@@ -151,6 +151,9 @@ def test_at_the_teacher_the_loss_is_zero_and_its_gradient_a_kink() -> None:
     np.testing.assert_allclose(p.coarse("relu"), 0, atol=1e-12)
     with pytest.raises(InputError, match="kink"):
         p.gradient()
+    single = Population(v.float(), 2 * w.float(), v.float(), w.float())  # parallel but for rounding
+    with pytest.raises(InputError, match="kink"):
+        single.gradient()
 
 
 def test_what_is_no_student_is_said() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -143,6 +144,42 @@ def test_a_file_of_something_else_is_refused(tmp_path: Any) -> None:
     assert (tmp_path / "five.npz").read_bytes() == b"PK"  # what could not be read is not written over
     with pytest.raises(InputError, match="seconds"):
         next(landscaping(**problem(), seconds=0))
+
+
+def test_a_net_of_other_maps_and_another_loss_of_the_same_name_are_other_landscapes(tmp_path: Any) -> None:
+    net, (x, y) = trained("float"), batch(40)
+    other = copy.deepcopy(net)
+    other[2] = torch.nn.Tanh().eval()
+    d, file = random_direction(net, 0), tmp_path / "land.npz"
+    list(landscaping(net, x, y, d, points=5, loss=lambda z, y: z[..., 0], file=file))
+    for change in ({"net": other}, {"loss": lambda z, y: z[..., 1]}):
+        options: dict[str, Any] = {"net": net, "loss": lambda z, y: z[..., 0]} | change
+        with pytest.raises(InputError, match="another landscape"):
+            next(landscaping(x=x, y=y, d1=d, points=5, file=file, **options))
+    *_, last = landscaping(net, x, y, d, points=5, loss=lambda z, y: z[..., 0], file=file)
+    assert last.value.evaluated.all()
+
+
+def test_a_folder_that_is_not_there_is_told_before_anything_is_evaluated(tmp_path: Any) -> None:
+    with pytest.raises(InputError, match="folder does not exist"):
+        next(landscaping(**problem(), file=tmp_path / "nowhere" / "land.npz"))
+    with pytest.raises(InputError, match="cannot save"):
+        landscape(**problem(points=3)).save(tmp_path / "nowhere" / "land.npz")
+
+
+def test_a_save_that_fails_leaves_the_old_file(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    land, file = landscape(**problem(points=3)), tmp_path / "land.npz"
+    land.save(file)
+    before = file.read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(InputError, match="No space left"):
+        land.save(file)
+    assert file.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def test_a_cancelled_job_keeps_its_picture_and_saves_it(tmp_path: Any) -> None:

@@ -10,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qlab.diagnose.signal import record, signal, thresholds, wake
+from qlab.diagnose.recording import record
+from qlab.diagnose.signal import signal, thresholds
+from qlab.diagnose.wake import wake
 from qlab.errors import InputError, UnknownNameError
 from qlab.quantizers import Sign, quantize
 
@@ -192,6 +194,40 @@ def test_straight_through_gradients_are_marked_and_the_smoothed_one_is_a_true_gr
     assert np.allclose(found.gradient[0], probe.grad.norm(dim=1).numpy(), rtol=1e-12)
 
 
+def clipped_sign(u: Tensor) -> Tensor:
+    c = u.clamp(-1, 1)
+    return c + (torch.where(u >= 0, 1.0, -1.0).to(u.dtype) - c).detach()
+
+
+class Handwritten(nn.Module):
+    def forward(self, u: Tensor) -> Tensor:
+        return clipped_sign(u)
+
+
+class Between(nn.Module):
+    """A sign in functional code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(clipped_sign(self.b(torch.tanh(self.a(x)))))
+
+
+def test_gradients_through_foreign_signs_are_not_called_exact() -> None:
+    net, (x, y) = made(activation=Handwritten), data()
+    found = signal(net, x, y)
+    assert found.exact == (False,) * 5 + (True, True)  # the second sign is module 4
+    assert found.smoothed is None
+    assert "surrogate backward" in found.summary()
+    torch.manual_seed(0)
+    found = signal(Between().double().eval(), x, y)
+    assert dict(zip(found.names, found.exact, strict=True)) == {"input": False, "a": False, "b": False, "c": True}
+    mixed = nn.Sequential(nn.Linear(6, 8), Sign(), nn.Linear(8, 8), Handwritten(), nn.Linear(8, 4)).double().eval()
+    assert signal(mixed, x, y).smoothed is None  # no function is known for one of the two
+
+
 def test_weights_of_signs_alone_leave_activation_gradients_exact() -> None:
     x, y = data()
     found = signal(quantize(made(), weights=Sign).eval(), x, y)
@@ -212,6 +248,23 @@ def test_saturation_counts_preactivations_beyond_one_and_degeneration_units_that
     assert 0 < found.degenerate[i] < 1
     assert math.isnan(found.saturation[1])
     assert math.isnan(found.degenerate[1])
+
+
+def test_a_unit_is_degenerate_where_its_mean_exceeds_the_deviation_of_these_very_examples() -> None:
+    # For u = (3, 0.2) the mean is 1.6 and the deviation 1.4, but 1.98 as an estimate for more examples than these.
+    x = torch.tensor([[3.0, 3.0], [0.2, -0.2]], dtype=torch.float64)
+    found = signal(nn.Sequential(Sign(), nn.Linear(2, 2)).double().eval(), x, torch.tensor([0, 1]))
+    assert found.degenerate[1] == 0.5
+
+
+def test_a_hardtanh_in_place_is_seen_before_it_writes_and_a_relu6_is_no_sign() -> None:
+    x, y = data()
+    net = nn.Sequential(nn.Linear(6, 12), nn.Hardtanh(inplace=True), nn.Linear(12, 4)).double().eval()
+    u = net[0](3 * x)
+    assert signal(net, 3 * x, y).saturation[2] == pytest.approx(float((u.abs() > 1).double().mean()))
+    for other in (nn.ReLU6(), nn.Hardtanh(-2, 2)):
+        found = signal(nn.Sequential(net[0], other, net[2]).eval(), 3 * x, y)
+        assert np.isnan(found.saturation).all()
 
 
 def test_dead_units_give_the_same_for_every_example_and_make_exact_zeros() -> None:
@@ -306,5 +359,11 @@ def test_nets_and_arguments_that_make_no_sense_are_refused() -> None:
         signal(net, x, y, dtype=torch.int32)
     with pytest.raises(UnknownNameError):
         signal(net, x, y, loss="nobody")
+    with pytest.raises(InputError, match="one logit"):
+        signal(nn.Linear(6, 1).double().eval(), x, 0 * y)
+    with torch.no_grad():
+        net[5].weight.mul_(1e6)  # type: ignore[index]
+    with pytest.raises(InputError, match="not finite in float16"):
+        signal(net, x, y, dtype=torch.float16)
     with pytest.raises(InputError, match="classes"):
         thresholds(torch.float32, 1)

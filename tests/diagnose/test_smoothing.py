@@ -124,6 +124,15 @@ def test_noise_has_no_corrected_cosine() -> None:
     assert math.isnan(compared(noise, torch.ones(50, dtype=torch.float64)).corrected)
 
 
+def test_an_estimate_of_zero_has_no_reliability_and_an_interval_stays_among_the_cosines() -> None:
+    assert math.isnan(reliability(torch.zeros(6, 4, dtype=torch.float64)))
+    samples = torch.randn(8, 2, generator=generator(0), dtype=torch.float64)
+    found = compared(samples, samples.mean(0))
+    assert found.raw == pytest.approx(1)
+    assert found.high == 1
+    assert -1 <= found.low < 1
+
+
 def test_only_the_chosen_coordinates_are_smoothed_and_a_seed_repeats() -> None:
     net, (x, y) = mlp(), batch(12, 8)
     index = torch.tensor([1, 30, 8])
@@ -157,5 +166,9 @@ def test_what_cannot_be_estimated_is_said() -> None:
         smoothed_gradient(net, x, y, "fc", pairs=2)
     with pytest.raises(InputError, match="positive width"):
         smoothed_gradient(net, x, y, "fc", s=0.0)
+    with pytest.raises(InputError, match="index runs from -1 to 99; there are 15 weights"):
+        smoothed_gradient(net, x, y, "fc", index=torch.tensor([-1, 99]))
+    with pytest.raises(InputError, match="a position twice"):
+        smoothed_gradient(net, x, y, "fc", index=torch.tensor([3, 3]))
     with pytest.raises(InputError, match="training mode"):
         smoothed_gradient(net.train(), x, y, "fc")

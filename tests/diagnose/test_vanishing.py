@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlab.diagnose.signal import signal, wake
-from qlab.diagnose.vanishing import Vanishing, vanishing, vanishings
+from qlab.diagnose.signal import signal
+from qlab.diagnose.vanishing import DTYPES, Vanishing, smallest, vanishing, vanishings
+from qlab.diagnose.wake import wake
 from qlab.errors import InputError, UnknownNameError
 from qlab.quantizers import Sign, quantize
 
@@ -61,6 +62,10 @@ def test_mean_field_starts_from_the_gradient_at_the_logits(found: Vanishing) -> 
         assert expected[0] / expected[-1] == pytest.approx(found.predicted[0])  # type: ignore[index]
 
 
+def test_the_nearest_beta_is_so_in_its_logarithm(found: Vanishing) -> None:
+    assert [found.nearest(beta) for beta in (1e-9, 0.3, 0.4, 1.0, 4.0, 99.0)] == [0, 1, 2, 2, 3, 3]
+
+
 def test_a_small_beta_and_float64_bring_back_what_float32_lost(found: Vanishing) -> None:
     lost = {name: w.lost[:, 0] for name, w in found.wakes.items()}
     assert lost["float16"][3] > lost["float32"][3] > lost["float64"][3] == 0
@@ -84,6 +89,40 @@ def test_histograms_hold_every_example(found: Vanishing) -> None:
     values = found.jacobian.values[0]
     assert float(shares.sum()) == pytest.approx((values > 0).mean())
     assert 10 ** edges[-1] == pytest.approx(values.max(), rel=1e-6)
+
+
+def test_logarithms_are_of_quartiles_and_of_what_mean_field_expects(found: Vanishing) -> None:
+    w = found.wakes["float16"]
+    logs = w.log_quartiles()
+    assert logs.shape == (3, len(BETAS), len(found.names))
+    middle = np.median(w.gradient, axis=2)
+    assert (middle == 0).any()
+    assert np.array_equal(10 ** logs[1], 10 ** np.where(middle > 0, np.log10(np.where(middle > 0, middle, 1)), -np.inf))
+    expected = found.log_expected()
+    assert expected is not None
+    for i, beta in enumerate(BETAS):
+        assert np.allclose(10 ** expected[i], found.expected(beta))
+
+
+@pytest.mark.parametrize("name", ["float64", "float32", "bfloat16", "float16"])
+def test_the_smallest_number_is_the_last_before_zero(name: str) -> None:
+    dtype = DTYPES[name]
+    x = torch.tensor(1.0, dtype=dtype)
+    while x / 2 > 0:
+        x = x / 2
+    assert smallest(name) == pytest.approx(math.log10(float(x)), abs=1e-9)
+    with pytest.raises(UnknownNameError):
+        smallest("float8")
+
+
+def test_a_dtype_that_is_too_small_for_the_net_is_named_and_the_others_stand(batch: tuple[Tensor, Tensor]) -> None:
+    net = made(False)
+    with torch.no_grad():
+        net[3].weight.mul_(1e6)  # type: ignore[index]
+    found = vanishing(net, *batch, betas=BETAS)
+    assert set(found.wakes) == {"float32", "float64"}
+    assert set(found.failed) == {"float16"}
+    assert "No float16: the net's logits are not finite" in found.summary()
 
 
 def test_results_come_part_by_part_and_every_part_can_be_shown(batch: tuple[Tensor, Tensor]) -> None:

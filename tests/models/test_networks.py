@@ -236,6 +236,24 @@ def test_wrong_input_raises_one_clear_error(name, given, message):
         net(given)
 
 
+def test_deeplift_of_captum_takes_a_net_as_it_is():
+    from captum.attr import DeepLift
+
+    net, x = (
+        build("mlp", (6,), 3, hidden=(8,), seed=0).double().eval(),
+        torch.rand(4, 6, dtype=torch.float64, requires_grad=True),
+    )
+    with pytest.warns(UserWarning, match="Setting forward"):
+        scores = DeepLift(net).attribute(x, torch.zeros_like(x), target=1)
+    torch.testing.assert_close(scores.sum(1), (net(x) - net(torch.zeros_like(x)))[:, 1])
+
+
+def test_a_tuple_is_refused_where_no_later_hook_makes_a_batch_of_it():
+    net = build("mlp", (6,), 3)
+    with pytest.raises(InputError, match="input is tuple; expected floating point"):
+        net((torch.zeros(4, 6),))
+
+
 def test_input_check_survives_functional_call_and_vmap():
     net = build("mlp", (3,), 2).eval()
     params = dict(net.named_parameters())

@@ -60,6 +60,20 @@ def test_the_area_is_the_height_of_the_primitive() -> None:
     assert area((-1, 0, 1), (0, 2, 0)) == 2
 
 
+def test_the_areas_between_sign_and_the_functions_of_its_surrogates() -> None:
+    """int_{-1}^{1} |sign(x) - F(x)| dx: 1 for the clip, 2/3 for the polynomial."""
+    for which, expected in (("clipped", 1), ("polynomial", 2 / 3), (drawn((-1, 0, 1), (0, 2, 0)), 2 / 3)):
+        q = Sign(which)
+        F = q.primitive()
+        assert F is not None
+
+        def apart(t: float, q: Sign = q, F=F) -> float:
+            x = torch.tensor(t, dtype=torch.float64)
+            return float((q(x) - F(x)).abs())
+
+        assert quad(apart, -1, 1, points=[0])[0] == pytest.approx(expected, abs=1e-9)
+
+
 def test_the_polynomial_surrogate_can_be_drawn_exactly() -> None:
     values = sampled("polynomial")
     s, expected = drawn(KNOTS, values), surrogate("polynomial")
@@ -88,8 +102,13 @@ def test_the_code_to_take_home_is_the_same_quantizer() -> None:
     own = names["Own"]()
     torch.testing.assert_close(own.surrogate.derivative(grid()), drawn(KNOTS, VALUES).derivative(grid()))
     compile(code(KNOTS, VALUES), "own.py", "exec")
-    with pytest.raises(InputError, match="name of a class"):
-        code(KNOTS, VALUES, "x = 1; y")
+    for name in ("x = 1; y", "class"):
+        with pytest.raises(InputError, match="name of a class"):
+            code(KNOTS, VALUES, name)
+    knots, values = (-1.0, 0.123456789, 1.0, 1.000002), (0.0, 1 / 3, 2.0, 0.0)  # more digits than six
+    exec(compile(code(knots, values, "Fine"), "own.py", "exec"), names)
+    at = torch.tensor([*knots, 0.5], dtype=torch.float64)
+    torch.testing.assert_close(names["Fine"]().surrogate.derivative(at), drawn(knots, values).derivative(at))
 
 
 def test_another_surrogate_changes_the_gradient_and_not_the_answer() -> None:
