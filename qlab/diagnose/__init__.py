@@ -8,10 +8,10 @@ Functions of a net (a method of the lab or any torch module) and a batch; result
 
 gradients, flip_oracle, smoothing      the gradient that trains the net against three truths
 honesty, population                    is it the gradient of anything; a net for which all is known in closed form
-signal, jacobian, meanfield            what vanishes on the way, and what theory predicts
+signal, wake, jacobian, meanfield      what vanishes on the way, and what theory predicts
 landscape, exact_line, quadtree        the loss on lines and planes: sampled, exact, refined under a budget
 directions, trajectory                 the axes of those
-curvature, lanczos, discrete           Hessians where there is one, smoothed and discrete ones where there is none
+curvature, hessian, lanczos, discrete  Hessians where there is one, smoothed and discrete ones where there is none
 history, flips, which_flip, course     the bits of a whole training, and which flip changed a prediction
 attribution, attribution_*, guard      captum's maps, with what each of them explains
 doctor, symptoms, foreign              findings by rank; piecewise constant modules of any origin

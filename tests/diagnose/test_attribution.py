@@ -213,6 +213,7 @@ def test_frame_table_and_summary_tell_the_same_numbers() -> None:
     assert len(frame) == 8
     medians = frame.groupby("method", sort=False)["relative"].median()
     np.testing.assert_allclose(table["relative_residual"], medians)
+    np.testing.assert_allclose(table["rank_ablation"], frame.groupby("method", sort=False)["rank_ablation"].median())
     assert f"misses F(x) - F(x0) by {medians['integrated_gradients']:.1%}" in a.summary()
     assert a.figure().get_label() == a.summary()
     assert list(table["explains"]) == ["surrogate", "deployed"]

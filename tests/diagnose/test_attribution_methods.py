@@ -149,8 +149,8 @@ def test_gradcam_of_a_small_layer_is_spread_bilinearly() -> None:
 
 
 def test_occlusion_of_pictures_takes_all_channels_and_averages_over_windows() -> None:
-    net = fresh(lambda: nn.Sequential(nn.Flatten(), nn.Linear(32, 5), nn.Tanh(), nn.Linear(5, 3)))
-    x = batch(2, 2, 4, 4)
+    net = fresh(lambda: nn.Sequential(nn.Flatten(), nn.Linear(48, 5), nn.Tanh(), nn.Linear(5, 3)))
+    x = batch(2, 3, 4, 4)
     total, count = np.zeros((2, 4, 4)), np.zeros((4, 4))
     with torch.no_grad():
         for r, c in itertools.product(range(3), repeat=2):

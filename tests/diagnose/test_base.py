@@ -41,7 +41,8 @@ def test_what_is_no_module_is_named() -> None:
         check({}, torch.zeros(1, 2), None)  # type: ignore[arg-type]
 
 
-def test_hooks_come_off_even_where_the_net_fails(net: nn.Module, x: Tensor) -> None:
+def test_hooks_come_off_even_where_the_net_fails(x: Tensor) -> None:
+    net = nn.Linear(4, 3)
     seen: list[Tensor] = []
     for data, fails in ((x, False), (x[:, :2], True)):
         handles = [net.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))]

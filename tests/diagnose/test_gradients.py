@@ -188,7 +188,7 @@ def test_few_pairs_give_the_corrected_cosine_of_many() -> None:
     truth = row(mismatch(mlp(inputs=6), x, y, pairs=2000, **options), "input", "smoothed")
     assert truth.reliability > 0.98
     few = [row(mismatch(mlp(inputs=6), x, y, pairs=20, seed=k, **options), "input", "smoothed") for k in range(6)]
-    # spread over six seeds: about 0.05 each, so 0.02 for their mean; the raw cosines are too low by a quarter
+    # one seed scatters by 0.05, so the mean of six by 0.02; averaging 2 r_n / (1 + r_n) instead, single seeds reach 0.59
     assert np.mean([r.corrected for r in few]) == pytest.approx(truth.cosine, abs=0.06)
     assert np.mean([r.reliability for r in few]) == pytest.approx(0.5, abs=0.1)
 
@@ -325,7 +325,7 @@ def test_what_cannot_be_compared_is_said() -> None:
     with pytest.raises(UnknownNameError, match="layer 'nowhere'"):
         mismatch(net, x, y, ["nowhere"])
     for layers in ("fc", []):
-        with pytest.raises(InputError, match="expected a sequence of names, some of hidden.0"):
+        with pytest.raises(InputError, match="expected a sequence of names"):
             mismatch(net, x, y, layers)
     with pytest.raises(UnknownNameError, match="reference 'truth'"):
         mismatch(net, x, y, references=["truth"])

@@ -248,6 +248,13 @@ def test_deeplift_of_captum_takes_a_net_as_it_is():
     torch.testing.assert_close(scores.sum(1), (net(x) - net(torch.zeros_like(x)))[:, 1])
 
 
+def test_a_later_hook_does_not_switch_the_check_off():
+    net = build("mlp", (6,), 3)
+    net.register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(InputError, match=r"expected \(N, 6\)"):
+        net(torch.zeros(4, 5))
+
+
 def test_a_tuple_is_refused_where_no_later_hook_makes_a_batch_of_it():
     net = build("mlp", (6,), 3)
     with pytest.raises(InputError, match="input is tuple; expected floating point"):
