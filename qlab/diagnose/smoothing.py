@@ -167,7 +167,7 @@ def smoothed_gradient(
     draw = torch.Generator().manual_seed(seed)
     u = torch.randn(pairs, len(index), generator=draw, dtype=torch.float64).to(w)
     up = perturbed_losses(J, names[layer], index, s * u)
-    down = perturbed_losses(J, names[layer], index, 0 * u)
+    down = perturbed_losses(J, names[layer], index, -s * u)
     return Smoothed(u.double() * ((up - down).double() / (2 * s))[:, None], index, s)
 
 

@@ -167,6 +167,10 @@ def test_a_single_threshold_unit_smoothed_in_its_input() -> None:
     expected = 2 * torch.exp(-((x / 0.5) ** 2) / 2) / math.sqrt(2 * math.pi) / 0.5
     assert float(expected[0, 0]) == pytest.approx(1.33290, abs=5e-6)
     np.testing.assert_allclose(t, expected.flatten(), atol=0.05)
+    found = mismatch(net, x, y, of="inputs", references=["coordinate"], loss=lambda z, y: z.sum(-1), eps=0.4)
+    g, t = found.points["input", "coordinate"]
+    np.testing.assert_allclose(t, [2.5, 2.5, 2.5, 0])  # 0.6 is out of reach
+    np.testing.assert_allclose(g, 1)
 
 
 def test_input_gradients_of_a_smooth_net_agree_and_of_a_sign_net_less() -> None:
