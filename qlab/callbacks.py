@@ -78,7 +78,8 @@ class FlipRatio(pl.Callback):
 
 
 def _copy(method: Any) -> dict[str, Tensor]:
-    return {name: w.clone() for name, w in method.hard_weights().items()}
+    with torch.no_grad():  # levels, not values: a scale that moves is no flip
+        return {t.name: t.quantizer.level(t.latent.detach()).clone() for t in quantized_tensors(method.net)}
 
 
 class BitHistory(pl.Callback):
@@ -166,7 +167,7 @@ def _encoder(tracked: list[Tracked], tensors: list[QuantizedTensor]) -> Callable
     @torch.no_grad()
     def words() -> NDArray[np.uint64]:
         pairs = zip(tracked, tensors, strict=True)
-        return np.concatenate([tensor.encode(t.quantizer.hard(t.latent.detach())) for tensor, t in pairs])
+        return np.concatenate([tensor.encode(t.quantizer.level(t.latent.detach())) for tensor, t in pairs])
 
     return words
 
@@ -180,7 +181,7 @@ def _is_sign(tensor: Tracked, t: QuantizedTensor) -> bool:
     low, high = tensor.levels
     shift = w.abs().mean()
     probes = (w, w + shift, 2 * w - shift, torch.zeros_like(w))  # a sign of w - mean(w) is none of w
-    return all(torch.equal(t.quantizer.hard(u), torch.where(u >= 0, high, low).to(u.dtype)) for u in probes)
+    return all(torch.equal(t.quantizer.level(u), torch.where(u >= 0, high, low).to(u.dtype)) for u in probes)
 
 
 class _Periodic(pl.Callback):

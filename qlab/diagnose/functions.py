@@ -132,6 +132,11 @@ def steps(quantizer: Quantizer) -> tuple[Tensor, Tensor]:
     levels = quantizer.levels(torch.float64)
     if levels is None or len(levels) < 2:
         raise InputError(f"{type(quantizer).__name__} has no grid of levels, so its jumps cannot be smoothed")
+    if not quantizer.elementwise:
+        raise InputError(
+            f"{type(quantizer).__name__} quantizes a tensor as a whole (a mean or a scale of its values takes part), so there are "
+            "no thresholds that hold for every value"
+        )
     levels = levels.detach().cpu()
     reach = 4 * float(levels.abs().max()) + 4
     low = torch.full((len(levels) - 1,), -reach, dtype=torch.float64)

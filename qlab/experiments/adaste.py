@@ -36,11 +36,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
-import qlab
-from qlab.callbacks import FlipRatio
 from qlab.data import DataModule
 from qlab.experiments.base import Experiment, Plan, Scale
-from qlab.experiments.inputs import load_data
+from qlab.experiments.training import CODE, prepared, trained
 from qlab.experiments.verdict import Difference, Every, Metric, Rule
 from qlab.methods.base import Method
 from qlab.quantizers import hard_sign, layers, quantized_tensors
@@ -77,24 +75,11 @@ def train(settings: dict[str, Any], seed: int) -> dict[str, float]:
             `start` (None, or the absolute value at which every latent starts, with a random sign).
         seed: of the starting net, the latents and the order of the batches.
     """
-    data = load_data(settings["data"], seed=seed, **settings["data_options"])
-    net = qlab.build(settings["net"], data.input_shape, data.num_classes, seed=seed, **settings["net_options"])
-    method = qlab.methods.create(settings["method"], net, seed=seed, **settings["options"])
+    method, data = prepared(settings, seed)
     if settings.get("start") is not None:
         _start_at(method, settings["start"], seed)
     before = {name: w.clone() for name, w in method.hard_weights().items()}
-    run = qlab.fit(
-        method,
-        data,
-        epochs=settings["epochs"],
-        seed=seed,
-        progress=False,
-        validate_every=0,
-        limit_val_batches=0,  # only the end of a run is compared
-        callbacks=[FlipRatio(per_layer=False)],
-    )
-    if not run.completed:  # `fit` keeps what an interrupt leaves; an experiment compares whole runs only
-        raise KeyboardInterrupt
+    run = trained(method, data, settings["epochs"], seed)
     metrics = {name: run.metrics[name] for name in ("test/acc", "test/acc_latent")}
     return metrics | _weights_panel(method, before, run.metrics) | _gradient_panel(method, data)
 
@@ -272,15 +257,5 @@ EXPERIMENT = Experiment(
     function=train,
     plan=plan,
     data=("digits", "fashion_mnist", "cifar10", "cifar100", "image_folder"),
-    code=(
-        "qlab.callbacks",
-        "qlab.data",
-        "qlab.methods.base",
-        "qlab.methods.baselines.full_precision",
-        "qlab.methods.binary_networks.ste",
-        "qlab.methods.binary_weights",
-        "qlab.models",
-        "qlab.quantizers",
-        "qlab.runs",
-    ),
+    code=CODE,
 )

@@ -22,7 +22,6 @@ from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -31,31 +30,13 @@ from qlab.data.seeding import generator
 from qlab.errors import InputError
 from qlab.methods import checkpoints
 from qlab.methods.catalog import MethodInfo
+from qlab.methods.losses import LOSSES
 from qlab.methods.signature import hyperparameters
 from qlab.quantizers import Quantizer, harden, layers, quantize, quantized_tensors, quantizers, reestimate_batch_norm
 
-__all__ = ["LOSSES", "Method", "squared_hinge"]
+__all__ = ["Method"]
 
 Batch = tuple[Tensor, Tensor]
-
-
-def squared_hinge(logits: Tensor, y: Tensor) -> Tensor:
-    """Return the mean over samples and classes of max(0, 1 - t z)^2, t = +1 for the label and -1 for the others.
-
-    Args:
-        logits: (N, classes).
-        y: (N,) labels.
-
-    Reference: the loss of BinaryConnect and BinaryNet (Courbariaux et al. 2015, 2016).
-    """
-    t = 2 * F.one_hot(y, logits.shape[1]).to(logits.dtype) - 1
-    return (1 - t * logits).clamp(min=0).square().mean()
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cross_entropy": F.cross_entropy,
-    "squared_hinge": squared_hinge,
-}
 
 
 class Method(pl.LightningModule):
@@ -176,6 +157,10 @@ class Method(pl.LightningModule):
         """Return the scalar loss of logits (N, classes) against labels (N,)."""
         return LOSSES[self.h.loss](logits, y)
 
+    def objective(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return what a step minimises on a batch: the loss, and what a method adds to it (a regularizer, a teacher)."""
+        return self.loss(self.net(x), y)
+
     def anneal(self, progress: float) -> None:
         """Set the quantizers' scheduled quantities to their values at `progress` in [0, 1]."""
         quantities = self.schedule(progress)
@@ -216,7 +201,7 @@ class Method(pl.LightningModule):
         x, y = batch
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.begin_step(self._run_length)
-        loss = self.loss(self.net(x), y)
+        loss = self.objective(x, y)
         if loss.device.type == "cpu" and not math.isfinite(loss.item()):  # on a GPU the check would stall every step
             self._explain_nonfinite(x)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(y))
@@ -254,6 +239,15 @@ class Method(pl.LightningModule):
         if self.h.lr_schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * p))
         return self.h.lr_end**p if self.h.lr_schedule == "exponential" else 1.0
+
+    def training_samples(self) -> int | None:
+        """Return the number of training samples, for methods whose steps depend on it; None where it is not known."""
+        trainer = self._trainer
+        data = getattr(trainer, "datamodule", None)
+        if data is not None and hasattr(data, "num_samples"):
+            return int(data.num_samples("train"))
+        dataset = getattr(getattr(trainer, "train_dataloader", None), "dataset", None)
+        return None if dataset is None else len(dataset)
 
     def on_train_start(self) -> None:
         """Fix the length of the run, over which schedules are stretched.

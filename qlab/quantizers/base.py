@@ -64,9 +64,12 @@ class Quantizer(nn.Module, ABC):
 
     Attributes:
         bits: bits of a deployed value; 32 is float.
+        elementwise: whether each value is quantized by itself. False where a mean, a deviation or a scale of the whole tensor
+            takes part: then there are no thresholds that hold for every value.
     """
 
     bits: int = 32
+    elementwise: bool = True
 
     @abstractmethod
     def forward(self, latent: Tensor) -> Tensor:
@@ -76,8 +79,20 @@ class Quantizer(nn.Module, ABC):
         """Return the tensor that is deployed: on `levels()` exactly. The forward map itself, unless the method anneals."""
         return self.forward(latent)
 
+    def scale(self, latent: Tensor) -> Tensor | None:
+        """Return the positive float factor of the levels, broadcast against `latent`; None where it is 1.
+
+        `hard(latent)` equals `scale(latent) * level(latent)` exactly: a deployed value costs `bits`, its scale one float for
+        each channel or layer.
+        """
+        return None
+
+    def level(self, latent: Tensor) -> Tensor:
+        """Return which of `levels()` each value is deployed at; of a quantizer with a `scale`, to be overridden."""
+        return self.hard(latent)
+
     def levels(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        """Return the grid that `hard` lands on for tensors of `dtype`, exactly, ascending, shape (L,); None for float."""
+        """Return the grid that `level` lands on for tensors of `dtype`, exactly, ascending, shape (L,); None for float."""
         return None
 
     def primitive(self) -> Rule | None:

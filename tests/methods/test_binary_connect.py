@@ -10,8 +10,8 @@ import torch
 import qlab
 from qlab.errors import InputError
 from qlab.methods import create
-from qlab.methods.base import squared_hinge
 from qlab.methods.binary_weights.binary_connect import Binarize, glorot
+from qlab.methods.losses import squared_hinge
 from qlab.quantizers import quantized_tensors
 from tests.methods.conftest import moons, small_net
 

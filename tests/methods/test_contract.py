@@ -169,13 +169,16 @@ def test_deployed_weights_lie_on_the_declared_grid(name: str) -> None:
     assert not any(hasattr(m, "parametrizations") for m in net.modules())
     assert not net.training
     tensors = dict(net.named_parameters())
-    grids = {t.name: t.quantizer.levels() for t in quantized_tensors(run.method.net)}
-    assert bool(grids) == (CATALOG[name].weight_bits < 32)
-    for layer, grid in grids.items():
-        weight = tensors[layer if layer in tensors else f"{layer}.weight"]
+    quantized = list(quantized_tensors(run.method.net))
+    assert bool(quantized) == (CATALOG[name].weight_bits < 32)
+    for t in quantized:
+        weight = tensors[t.name if t.name in tensors else f"{t.name}.weight"]
+        grid, level, scale = t.quantizer.levels(), t.quantizer.level(t.latent), t.quantizer.scale(t.latent)
         assert grid is not None
         assert len(grid) <= 2 ** CATALOG[name].weight_bits
-        assert torch.isin(weight, grid).all()
+        assert torch.isin(level, grid).all()
+        assert scale is None or (scale > 0).all()
+        assert torch.equal(weight, level if scale is None else scale * level)
     for layer, hard in run.method.hard_weights().items():
         assert torch.equal(tensors[layer if layer in tensors else f"{layer}.weight"], hard)
 

@@ -372,13 +372,9 @@ class AdaSTE(Method):
 
     def _reference_scale(self) -> float:
         """Return S = N^2 with N = 10 times the number of training samples: the authors' code multiplies by N twice."""
-        trainer = self._trainer
-        data = getattr(trainer, "datamodule", None)
-        if data is not None and hasattr(data, "num_samples"):
-            return (10.0 * data.num_samples("train")) ** 2
-        dataset = getattr(getattr(trainer, "train_dataloader", None), "dataset", None)
-        if dataset is None:
+        n = self.training_samples()
+        if n is None:
             raise InputError(
                 "AdaSTE scales gradients by (10 n)^2 for n training samples, and n is not known here: give scale=..."
             )
-        return (10.0 * len(dataset)) ** 2
+        return (10.0 * n) ** 2

@@ -79,14 +79,14 @@ class Binarize(Quantizer):
 
     def __init__(self, scale: float | Literal["glorot"] = 1.0, stochastic: bool = False) -> None:
         super().__init__()
-        self.scale = scale
+        self.glorot = scale == "glorot"
         self.stochastic = stochastic
         self.register_buffer("H", torch.tensor(1.0 if scale == "glorot" else float(scale)))
         self.register_buffer("threshold", torch.tensor(0.0), persistent=False)
 
     def init(self, latent: Tensor, generator: torch.Generator) -> Tensor:
         """Draw latents from U(-H, H)."""
-        if self.scale == "glorot":
+        if self.glorot:
             self.H.fill_(glorot(latent.shape))
         if self.stochastic:
             self.threshold = torch.zeros(latent.shape, dtype=latent.dtype, device=self.H.device)

@@ -1,0 +1,1 @@
+"""Methods that train weights, activations or gradients of a few bits."""
