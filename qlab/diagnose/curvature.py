@@ -240,7 +240,7 @@ def curving(
     w = H.gradient
     directions = w.new_zeros(0, H.n)
     if top:
-        start = torch.randn(min(top, H.n), H.n, generator=generator("eigenvalues", seed), dtype=torch.float64).to(w)
+        start = torch.randn(min(top, H.n), H.n, generator=generator("eigenvalues", seed), dtype=torch.float32).to(w)
         found = block_lanczos(H.products, start, tolerance, max(iterations, 1))
         _finite(found.values)
         directions = found.vectors

@@ -211,10 +211,10 @@ def _blocks(products: Products, start: Tensor, tolerance: float, iterations: int
         scale = max(float(values.abs().max()), torch.finfo(start.dtype).tiny)
         settled = len(values) == k and last is not None and float((values - last).abs().max()) <= tolerance * scale
         small = float(residuals.max()) <= math.sqrt(tolerance) * scale
-        # The space stops growing where all of it is known; then the values are exact.
-        block = _basis(HQ[-len(block) :], Q, 256 * eps * max(scale, float(HQ.norm(dim=1).max())))
-        exhausted = len(Q) >= n or not len(block)
-        done = (tolerance > 0 and settled and small) or exhausted
+        done = tolerance > 0 and settled and small
+        if not done:  # the space stops growing where all of it is known; then the values are exact
+            block = _basis(HQ[-len(block) :], Q, 256 * eps * max(scale, float(HQ.norm(dim=1).max())))
+            done = len(Q) >= n or not len(block)
         if done or step + 1 == iterations:
             yield Extremes(values.to(start.dtype), vectors, residuals, len(Q), done)
             return
