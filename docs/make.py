@@ -1,6 +1,7 @@
 """Make what is generated in this project's documents. Run it from anywhere:
 
     python docs/make.py tables       README.md and docs/methods.md: the tables of methods and papers, from the catalog
+    python docs/make.py results      docs/results.md and its pictures, from docs/results/*.json, which `qlab reproduce --json` wrote
     python docs/make.py notebooks    run every notebook and store it with its outputs, without widget state
 
 tests/test_readme.py and tests/test_notebooks.py fail where something here has not been run after a change.
@@ -8,10 +9,15 @@ tests/test_readme.py and tests/test_notebooks.py fail where something here has n
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = """\
@@ -64,6 +70,57 @@ def tables() -> None:
         print(path)
 
 
+RESULTS = """\
+# Results
+
+What `qlab reproduce` found on real runs, one section for each file of `docs/results/`; made by `python docs/make.py results`.
+Each section gives the command, the device, the claim, the rule that judged it, and mean ± standard deviation over seeds. A claim
+that fails, or stays undecided, stands here as well.
+"""
+
+
+def results() -> None:
+    """Write docs/results.md and a picture for each result."""
+    from qlab.experiments import EXPERIMENTS
+
+    sections = [RESULTS]
+    for path in sorted((ROOT / "docs" / "results").glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        result = EXPERIMENTS.load(record["experiment"]).read(path)
+        figure = result.figure()
+        figure.savefig(path.with_suffix(".png"), dpi=80)
+        failed = "".join(
+            f"\n- not finished: {f['arm']}, seed {f['seed']}: {f['error']}" for f in record["evidence"]["failures"]
+        )
+        sections.append(
+            f"""\
+## {result.experiment} on {result.data}: {result.verdict}
+
+```sh
+{record["command"]}
+```
+
+{result.summary()}
+
+- rule: {result.rule}
+- {result.seconds / 60:.0f} minutes of computing time in all; torch {result.versions["torch"]}{failed}
+
+{_markdown(result.table())}
+
+![{figure.get_label()}](results/{path.stem}.png)
+"""
+        )
+    target = ROOT / "docs" / "results.md"
+    target.write_text("\n".join(sections), encoding="utf-8")
+    print(target)
+
+
+def _markdown(table: pd.DataFrame) -> str:
+    lines = [[str(table.index.name), *table.columns], ["---"] * (1 + len(table.columns))]
+    lines += [[str(arm), *map(str, row)] for arm, row in zip(table.index, table.to_numpy(), strict=True)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
 def notebooks() -> None:
     """Run every notebook in a fresh kernel and store it as it is committed: executed, pictures static, no widget state."""
     import nbformat
@@ -95,7 +152,7 @@ def notebooks() -> None:
 
 
 if __name__ == "__main__":
-    makers = {maker.__name__: maker for maker in (tables, notebooks)}
+    makers = {maker.__name__: maker for maker in (tables, results, notebooks)}
     wanted = sys.argv[1:]
     if not wanted or any(name not in makers for name in wanted):
         sys.exit(__doc__)

@@ -69,6 +69,7 @@ class Result:
         failures: outcomes of cells that did not finish.
         metrics: what the runs report, in the order of the table; the first is the one a figure shows first.
         seconds: computing time of all cells together, also of those that were kept from before.
+        drawing: the experiment's own picture, where it has one.
     """
 
     experiment: str
@@ -86,6 +87,7 @@ class Result:
     versions: dict[str, str] = field(repr=False)
     failures: tuple[Outcome, ...] = ()
     seconds: float = 0.0
+    drawing: Callable[[Result], Figure] | None = field(default=None, repr=False)
 
     def table(self) -> pd.DataFrame:
         """Return mean ± standard deviation (n - 1) over seeds, one row per arm, one column per metric."""
@@ -116,7 +118,9 @@ class Result:
         )
 
     def figure(self) -> Figure:
-        """Return a matplotlib figure of every run, with an alternative text."""
+        """Return a matplotlib figure of every run (or the experiment's own picture), with an alternative text."""
+        if self.drawing is not None:
+            return self.drawing(self)
         from qlab.plots.experiments import experiment_figure  # matplotlib loads only when a figure is wanted
 
         return experiment_figure(self)
@@ -143,12 +147,16 @@ class Result:
             "rows": rows,
             "scale": self.scale,
             "data": self.data,
+            "seconds": round(self.seconds, 1),
             "evidence": {
                 "checks": [asdict(part) for part in self.evidence],
                 "failures": [{"arm": o.cell.arm, "seed": o.cell.seed, "error": o.error} for o in self.failures],
             },
         }
         write_atomic(Path(path), json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+_COPIED = ("experiment", "claim", "rule", "verdict", "scale", "data", "device", "versions")  # as they stand in a record
 
 
 @dataclass(frozen=True)
@@ -165,6 +173,7 @@ class Experiment:
         plan: `(scale, data) -> Plan`.
         data: accepted data sets; the first is the default.
         code: modules and packages whose source the numbers depend on, besides the function's own.
+        drawing: a picture of its own, from the result: what `Result.figure` then returns.
     """
 
     name: str
@@ -176,6 +185,7 @@ class Experiment:
     plan: Callable[[Scale, str], Plan]
     data: tuple[str, ...]
     code: tuple[str, ...] = ()
+    drawing: Callable[[Result], Figure] | None = None
 
     def run(
         self,
@@ -258,7 +268,32 @@ class Experiment:
             versions=numbers,
             failures=tuple(o for o in outcomes if o.error),
             seconds=sum(o.seconds for o in done),
+            drawing=self.drawing,
         )
+
+    def read(self, path: str | Path) -> Result:
+        """Return the result that `Result.to_json` wrote: its table, summary and figure; runs that failed are not in it.
+
+        Raises:
+            InputError: a file that is no result of this experiment.
+        """
+        try:
+            record = json.loads(Path(path).read_text(encoding="utf-8"))
+            if record["experiment"] != self.name:
+                raise ValueError(f"it is one of {record['experiment']!r}")
+            frame = pd.DataFrame(record["rows"], columns=["arm", "seed", "metric", "value"])
+            return Result(
+                title=self.title,
+                frame=frame.astype({"seed": int, "value": float}),
+                metrics=self.metrics,
+                evidence=tuple(Evidence(**part) for part in record["evidence"]["checks"]),
+                seeds=tuple(record["seeds"]),
+                seconds=record.get("seconds", math.nan),
+                drawing=self.drawing,
+                **{key: record[key] for key in _COPIED},
+            )
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is not a result of `qlab reproduce {self.name} --json`: {error}") from error
 
     def _outcomes(
         self, cells: Sequence[Cell], store: Store, workers: int, fresh: bool, console: Console, what: str

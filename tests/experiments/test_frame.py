@@ -97,11 +97,21 @@ def test_json_has_the_promised_keys_and_is_strict_json(result: Result, tmp_path:
     result.to_json(tmp_path / "result.json", command="qlab reproduce fake")
     record = json.loads((tmp_path / "result.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     promised = ["experiment", "claim", "verdict", "rule", "command", "device", "versions", "seeds", "rows"]
-    assert list(record) == [*promised, "scale", "data", "evidence"]
+    assert list(record) == [*promised, "scale", "data", "seconds", "evidence"]
     assert record["command"] == "qlab reproduce fake"
     assert record["seeds"] == [0, 1, 2]
     assert record["rows"][0].keys() == {"arm", "seed", "metric", "value"}
     assert {"qlab", "torch", "python"} <= record["versions"].keys()
+
+
+def test_a_result_read_back_says_the_same(result: Result, tmp_path: Path) -> None:
+    result.to_json(tmp_path / "result.json")
+    again = experiment().read(tmp_path / "result.json")
+    assert again.summary() == result.summary()
+    assert again.table().equals(result.table())
+    (tmp_path / "other.json").write_text('{"rows": 3}')
+    with pytest.raises(InputError, match="not a result"):
+        experiment().read(tmp_path / "other.json")
 
 
 def test_json_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
