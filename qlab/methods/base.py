@@ -246,7 +246,11 @@ class Method(pl.LightningModule):
         data = getattr(trainer, "datamodule", None)
         if data is not None and hasattr(data, "num_samples"):
             return int(data.num_samples("train"))
-        dataset = getattr(getattr(trainer, "train_dataloader", None), "dataset", None)
+        loader = getattr(trainer, "train_dataloader", None)
+        if loader is None:  # not yet set up, as when optimizers are made; Lightning has no public way to it
+            source = getattr(getattr(trainer, "fit_loop", None), "_data_source", None)
+            loader = getattr(source, "instance", None)
+        dataset = getattr(loader, "dataset", None)
         return None if dataset is None else len(dataset)
 
     def on_train_start(self) -> None:

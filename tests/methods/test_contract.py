@@ -301,7 +301,7 @@ def test_nan_in_the_data_is_said_in_one_error(name: str) -> None:
     x = torch.randn(64, 2)
     x[5, 1] = float("nan")
     loader = torch.utils.data.DataLoader([(x, torch.randint(0, 2, (64,)))], batch_size=None)
-    method: Method = create(name, small_net(), **({"scale": 1.0} if name == "adaste" else {}))
+    method: Method = create(name, small_net())
     trainer = pl.Trainer(
         max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
     )
