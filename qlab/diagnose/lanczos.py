@@ -194,11 +194,16 @@ def _blocks(products: Products, start: Tensor, tolerance: float, iterations: int
     k, n = min(start.shape), start.shape[1]
     eps = torch.finfo(start.dtype).eps
     block = _basis(start[:k], start[:0], 0.0)
-    Q, HQ = block[:0], block[:0]
+    kept = start.new_empty(2, min(8 * k, n), n)  # Q and H Q, in memory that grows by doubling
+    used = 0
     last: Tensor | None = None
     T = start.new_zeros(0, 0, dtype=torch.float64)
     for step in range(iterations):
-        Q, HQ = torch.cat([Q, block]), torch.cat([HQ, products(block)])
+        if used + len(block) > kept.shape[1]:
+            kept = torch.cat([kept, torch.empty_like(kept)], 1)
+        kept[0, used : used + len(block)], kept[1, used : used + len(block)] = block, products(block)
+        used += len(block)
+        Q, HQ = kept[:, :used]
         new = (Q @ HQ[-len(block) :].T).double()  # the new columns of Q' H Q; the others are known
         old = len(T)
         T = torch.cat([torch.cat([T, new[:old].T]), new], 1)
@@ -224,8 +229,7 @@ def _blocks(products: Products, start: Tensor, tolerance: float, iterations: int
 
 def _basis(rows: Tensor, known: Tensor, threshold: float) -> Tensor:
     """Return orthonormal rows that span `rows` outside of `known` (orthonormal), without what is below the threshold."""
-    for _ in range(2):
-        rows = rows - (rows @ known.T) @ known
+    rows = rows - (rows @ known.T) @ known
     out: list[Tensor] = []
     for row in rows:
         before = row.norm()
