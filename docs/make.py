@@ -144,6 +144,8 @@ def notebooks() -> None:
             "kernelspec": {"display_name": "Python 3 (ipykernel)", "language": "python", "name": "python3"},
             "language_info": {"name": "python"},
         }
+        for cell in notebook.cells:
+            cell["metadata"].pop("execution", None)  # times of another tool's run
         for output in (o for cell in notebook.cells for o in cell.get("outputs", ())):
             # Without state the live view is an empty box, and Jupyter would show it in preference to the picture.
             output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
