@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from qlab.widgets.attribution import AttributionGuard
 from qlab.widgets.bitlab import BitLab
+from qlab.widgets.cockpit import AnnealingCockpit
+from qlab.widgets.duel import MethodDuel
 from qlab.widgets.landscape import LandscapeExplorer
 from qlab.widgets.mismatch import GradientMismatch
 from qlab.widgets.studio import Studio
@@ -15,10 +17,12 @@ from qlab.widgets.time_travel import TimeTravel
 from qlab.widgets.vanishing import VanishingMicroscope
 
 __all__ = [
+    "AnnealingCockpit",
     "AttributionGuard",
     "BitLab",
     "GradientMismatch",
     "LandscapeExplorer",
+    "MethodDuel",
     "Studio",
     "TimeTravel",
     "VanishingMicroscope",

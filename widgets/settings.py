@@ -27,6 +27,13 @@ MAX_STATE = 100_000  # characters of a saved state; a real one has a few hundred
 MAX_TEXT = 1000  # characters of one text field
 MAX_HYPER = 100  # hyperparameters of one method
 
+# The Studio shows pictures and points, so neither texts nor the nets that take them.
+_SHELVES: dict[str, tuple[str, ...]] = {
+    "data": tuple(d.name for d in DATA.values() if d.kind != "text"),
+    "net": tuple(m.name for m in MODELS.values() if m.takes == "floats"),
+    "method": tuple(CATALOG),
+}
+
 _LIMITS = {
     "epochs": (1, 100_000),
     "batch_size": (1, 65_536),
@@ -59,7 +66,7 @@ class Settings:
     guess: float = 80.0
 
     def __post_init__(self) -> None:
-        for key, shelf in (("data", DATA), ("net", MODELS), ("method", CATALOG)):
+        for key, shelf in _SHELVES.items():
             value = getattr(self, key)
             if not isinstance(value, str) or value not in shelf:
                 raise InputError(f"{key} is {_short(value)}; expected one of {', '.join(shelf)}.")

@@ -26,9 +26,11 @@ def shelves() -> dict[str, Any]:
     """Return names and titles of all there is, without importing any of it."""
     return {
         "data": [
-            {"name": d.name, "title": d.title, "net": d.net, "kind": d.kind, "source": d.source} for d in DATA.values()
+            {"name": d.name, "title": d.title, "net": d.net, "kind": d.kind, "source": d.source}
+            for d in DATA.values()
+            if d.kind != "text"  # the Studio shows pictures and points
         ],
-        "nets": [{"name": m.name, "title": f"{m.name}: {m.title}"} for m in MODELS.values()],
+        "nets": [{"name": m.name, "title": f"{m.name}: {m.title}"} for m in MODELS.values() if m.takes == "floats"],
         "methods": [m.row() for m in CATALOG.values()],
     }
 
@@ -92,7 +94,7 @@ def _fitting_nets(data: Any) -> list[str]:
     from qlab.models import build
 
     fitting = []
-    for name in MODELS:
+    for name in (m.name for m in MODELS.values() if m.takes == "floats"):
         try:
             with torch.device("meta"):
                 build(name, data.input_shape, data.num_classes)

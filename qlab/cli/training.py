@@ -244,6 +244,19 @@ def _percent(metrics: Mapping[str, Any], name: str) -> str:
     return f"{100 * float(metrics[name]):.2f} %" if name in metrics else "-"
 
 
+def _language(data: str | None, tested: Mapping[str, Any]) -> dict[str, str]:
+    """Return what a test of a language model is usually told by: its loss as bits and as perplexity."""
+    if DATA[str(data)].kind != "text" or "test/loss" not in tested:
+        return {}
+    from qlab.data.text import bits_per_symbol, perplexity
+
+    loss = float(tested["test/loss"])
+    return {
+        "test bits per symbol, deployed net": f"{bits_per_symbol(loss):.3f}",
+        "test perplexity, deployed net": f"{perplexity(loss):.2f}",
+    }
+
+
 def _epochs(count: int) -> str:
     return f"{count} epoch{'' if count == 1 else 's'}"
 
@@ -296,6 +309,7 @@ def fit(choice: Choice, wants_help: bool) -> int:
         {
             "test accuracy, deployed net": _percent(tested, "test/acc"),
             "test accuracy, latent net": _percent(tested, "test/acc_latent"),
+            **_language(choice.data, tested),
             "validation accuracy": _percent(validated, "val/acc"),
             "checkpoint": cli.checkpoint(LAST),
             "best validated": cli.checkpoint(BEST),
@@ -316,6 +330,7 @@ def test(choice: Choice, wants_help: bool) -> int:
         {
             "test accuracy, deployed net": _percent(tested, "test/acc"),
             "test accuracy, latent net": _percent(tested, "test/acc_latent"),
+            **_language(choice.data, tested),
         },
     )
     return 0

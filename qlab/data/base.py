@@ -20,7 +20,7 @@ from torch import Tensor
 from qlab.data.augment import Augmentation
 from qlab.data.loader import BatchLoader, take
 from qlab.data.seeding import generator
-from qlab.data.splits import Source, Split, channel_statistics, stratified_order
+from qlab.data.splits import Source, Split, channel_statistics, strata, stratified_order
 from qlab.errors import InputError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -167,7 +167,7 @@ class DataModule(pl.LightningDataModule):
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input: (C, H, W) or (D,)."""
+        """Shape of one input: (C, H, W), (D,), or (T,) of tokens."""
         return tuple(self._source.train.x.shape[1:])
 
     @property
@@ -296,9 +296,9 @@ class DataModule(pl.LightningDataModule):
         if self.subset is not None:
             if self.subset > len(rows):
                 raise InputError(f"subset={self.subset} of {self.name!r}, which has {len(rows)} training samples.")
-            order = stratified_order(train.y[rows], generator("subset", self.seed))
+            order = stratified_order(strata(train.y)[rows], generator("subset", self.seed))
             rows = rows[order[: self.subset].sort().values]
-        if len(rows) < self.num_classes:
+        if len(rows) < (self.num_classes if train.y.ndim == 1 else 1):  # a window holds many labels
             raise InputError(
                 f"{self.name!r} is left with {len(rows)} training samples for {self.num_classes} classes: "
                 "give it more samples, a larger subset or a smaller val_fraction."
@@ -352,21 +352,24 @@ def _fits(device: torch.device, x: Tensor) -> bool:
 def _cut(y: Tensor, rows: Tensor, fraction: float, draws: torch.Generator) -> tuple[Tensor, Tensor]:
     """Cut a stratified fraction off `rows`: what is cut off and what is left, both ascending. At least one sample if any."""
     count = max(1, round(fraction * len(rows))) if fraction else 0
-    order = stratified_order(y[rows], draws)
+    order = stratified_order(strata(y)[rows], draws)
     return rows[order[:count].sort().values], rows[order[count:].sort().values]
 
 
 def _check(what: str, split: Split, source: Source) -> None:
     """Refuse tensors that no method can train on."""
     x, y = split.x, split.y
-    if x.ndim not in (2, 4) or x.dtype not in (torch.uint8, torch.float32):
+    tokens = x.dtype == torch.int64 and x.ndim == 2
+    if not tokens and (x.ndim not in (2, 4) or x.dtype not in (torch.uint8, torch.float32)):
         raise InputError(
-            f"{what}: inputs must be (N, C, H, W) or (N, D), uint8 or float32; got {tuple(x.shape)} {x.dtype}."
+            f"{what}: inputs must be (N, C, H, W) or (N, D), uint8 or float32, or tokens (N, T) int64; got "
+            f"{tuple(x.shape)} {x.dtype}."
         )
     if len(x) == 0 or x[0].numel() == 0:
         raise InputError(f"{what} is empty: inputs have shape {tuple(x.shape)}.")
-    if y.dtype != torch.int64 or y.shape != x.shape[:1]:
-        raise InputError(f"{what}: {len(x)} inputs need {len(x)} int64 labels, got {tuple(y.shape)} {y.dtype}.")
+    if y.dtype != torch.int64 or y.shape != (x.shape if tokens else x.shape[:1]):
+        needed = f"{tuple(x.shape)}" if tokens else f"{len(x)}"
+        raise InputError(f"{what}: {len(x)} inputs need {needed} int64 labels, got {tuple(y.shape)} {y.dtype}.")
     if x.shape[1:] != source.train.x.shape[1:]:
         raise InputError(
             f"{what}: inputs are {tuple(x.shape[1:])}, those to train on {tuple(source.train.x.shape[1:])}."

@@ -15,12 +15,13 @@ class DataInfo(Entry):
     """What the lab knows of a data set without reading it.
 
     Args:
-        kind: "image", inputs (C, H, W); or "planar", inputs (2,), which a decision boundary can be drawn for.
+        kind: "image", inputs (C, H, W); "planar", inputs (2,), which a decision boundary can be drawn for; or "text", inputs
+            (T,) of tokens with a label for each, which recurrent nets take.
         net: name of the net that suits the set, the default of the CLI and of the Studio.
         source: "embedded" in a library, "generated", or read from "files", which may have to be fetched first.
     """
 
-    kind: Literal["image", "planar"] = "image"
+    kind: Literal["image", "planar", "text"] = "image"
     net: str = "mlp"
     source: Literal["embedded", "generated", "files"] = "files"
 
@@ -90,6 +91,21 @@ DATA: Registry[DataInfo] = Registry(
             "Image folder: your own pictures, one folder per class",
             "qlab.data.folder:ImageFolder",
             net="resnet20",
+        ),
+        DataInfo(
+            "text",
+            "Text: the help that comes with Python (465,000 characters), or a text file of yours; the next symbol",
+            "qlab.data.text:Text",
+            kind="text",
+            net="lstm",
+            source="embedded",
+        ),
+        DataInfo(
+            "penn_treebank",
+            "Penn Treebank: a million words of newspaper, 10,000 different ones; the next word",
+            "qlab.data.text:PennTreebank",
+            kind="text",
+            net="lstm",
         ),
     ],
 )

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["Source", "Split", "channel_statistics", "stratified_order"]
+__all__ = ["Source", "Split", "channel_statistics", "strata", "stratified_order"]
 
 _CHUNK = 1 << 20  # values that are looked at once; bounds the memory in use
 
@@ -19,8 +19,8 @@ class Split:
     """The raw tensors of one part.
 
     Args:
-        x: (N, C, H, W) uint8 (or float32, for arrays of your own), or (N, D) float32.
-        y: (N,) int64, in [0, number of classes).
+        x: (N, C, H, W) uint8 (or float32, for arrays of your own), (N, D) float32, or tokens (N, T) int64.
+        y: (N,) int64, in [0, number of classes); of tokens (N, T), a label for each.
     """
 
     x: Tensor
@@ -38,6 +38,11 @@ class Source:
     class_names: tuple[str, ...]
     test: Split | None = None
     val: Split | None = None
+
+
+def strata(y: Tensor) -> Tensor:
+    """Return the class (N,) by which parts are cut in proportion; windows with labels (N, T) are all of one."""
+    return y if y.ndim == 1 else y.new_zeros(len(y))
 
 
 def stratified_order(y: Tensor, generator: torch.Generator) -> Tensor:

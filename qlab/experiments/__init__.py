@@ -24,5 +24,10 @@ EXPERIMENTS: Registry[Entry] = Registry(
             title="AdaSTE is never stuck: saturated weights change sign where the exact derivative moves none",
             target="qlab.experiments.adaste:EXPERIMENT",
         ),
+        Entry(
+            name="qnn_rnn",
+            title="Four bits are enough for an LSTM: as good as float; 2 and 3 bits cost, 1 bit fails",
+            target="qlab.experiments.qnn_rnn:EXPERIMENT",
+        ),
     ],
 )

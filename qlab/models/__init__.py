@@ -1,11 +1,13 @@
 """Plain full-precision networks that know nothing of quantization.
 
 `build(name, input_shape, num_classes, **options)` gives an `nn.Module` that maps a float batch (N, *input_shape) to
-logits (N, num_classes). Importing this package does not import torch; a network is imported when it is built.
+logits (N, num_classes); a recurrent one maps tokens (N, T) to logits (N, num_classes, T). Importing this package does not
+import torch; a network is imported when it is built.
 
 What every network here promises, because `qlab.quantize` and the tools of torch rely on it:
 
-* nonlinearities are modules, one object per place, and modules are registered in the order in which they run;
+* nonlinearities that a layer reads are modules, one object per place, and modules are registered in the order in which they
+  run;
 * a nonlinearity that stands, in that order, between a layer and the layer before it is the input of that layer (pooling
   comes before batch norm), so that replacing it by a quantizer puts the layer's input on the quantizer's grid;
 * a layer followed by batch norm has no bias;
@@ -16,7 +18,8 @@ What every network here promises, because `qlab.quantize` and the tools of torch
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 from qlab.errors import InputError
 from qlab.registry import Entry, Registry
@@ -24,21 +27,43 @@ from qlab.registry import Entry, Registry
 if TYPE_CHECKING:
     from qlab.models.base import Net
 
-__all__ = ["MODELS", "build"]
+__all__ = ["MODELS", "NetInfo", "build"]
 
-MODELS: Registry[Entry] = Registry(
+
+@dataclass(frozen=True)
+class NetInfo(Entry):
+    """What the lab knows of a network without importing it.
+
+    Args:
+        takes: "floats", images or vectors; or "tokens", windows of a text.
+    """
+
+    takes: Literal["floats", "tokens"] = "floats"
+
+
+MODELS: Registry[NetInfo] = Registry(
     "model",
     [
-        Entry("mlp", "Multilayer perceptron on the flattened input", "qlab.models.mlp:MLP"),
-        Entry("lenet", "LeNet-5 with batch norm and ReLU, for small grey or colour images", "qlab.models.lenet:LeNet"),
-        Entry("vgg_small", "VGG-small of the binary-network papers: six 3x3 convolutions", "qlab.models.vgg:VGGSmall"),
-        Entry("resnet20", "ResNet-20 for CIFAR, shortcuts of type A or B", "qlab.models.resnet:ResNet20"),
-        Entry(
+        NetInfo("mlp", "Multilayer perceptron on the flattened input", "qlab.models.mlp:MLP"),
+        NetInfo(
+            "lenet", "LeNet-5 with batch norm and ReLU, for small grey or colour images", "qlab.models.lenet:LeNet"
+        ),
+        NetInfo(
+            "vgg_small", "VGG-small of the binary-network papers: six 3x3 convolutions", "qlab.models.vgg:VGGSmall"
+        ),
+        NetInfo("resnet20", "ResNet-20 for CIFAR, shortcuts of type A or B", "qlab.models.resnet:ResNet20"),
+        NetInfo(
             "resnet18",
             "ResNet-18, with a stem for small or for large images",
             "qlab.models.resnet:ResNet18",
         ),
-        Entry("bireal18", "Bi-Real Net 18: every 3x3 convolution has its own shortcut", "qlab.models.bireal:BiReal18"),
+        NetInfo(
+            "bireal18", "Bi-Real Net 18: every 3x3 convolution has its own shortcut", "qlab.models.bireal:BiReal18"
+        ),
+        NetInfo("lstm", "LSTM language model of one layer", "qlab.models.recurrent:LSTM", takes="tokens"),
+        NetInfo(
+            "char_rnn", "Simple recurrent language model of one layer", "qlab.models.recurrent:CharRNN", takes="tokens"
+        ),
     ],
 )
 
@@ -55,12 +80,12 @@ def build(
 
     Args:
         name_or_spec: a name in `MODELS`, or a spec as `net.spec` holds it; further arguments override the spec's.
-        input_shape: (C, H, W) of one image, or (D,) of one vector; the mlp takes either.
+        input_shape: (C, H, W) of one image, or (D,) of one vector; the mlp takes either. (T,) of one window of tokens.
         num_classes: number of logits, at least 2.
         seed: draws the initial weights on the CPU from this seed alone: they are the same on every device, and torch's
             global generator is left as it was. None: from torch's global generator, as in torch.
         **options: of the network; `affine` (batch norm has scale and shift) and `final_norm` (batch norm on the
-            logits) are common to all.
+            logits) are common to all but the recurrent ones.
 
     Returns:
         The network in training mode, on torch's default device and in its default dtype.

@@ -18,7 +18,7 @@ COMMON = {
     "subset": None,
     "root": None,
 }
-OFFLINE = ["digits", "two_moons", "circles", "spirals"]
+OFFLINE = ["digits", "two_moons", "circles", "spirals", "text"]
 
 
 def test_listing_the_shelf_imports_neither_torch_nor_lightning():

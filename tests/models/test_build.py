@@ -23,6 +23,8 @@ SPECS = [
     {"name": "resnet20", "input_shape": [3, 32, 32], "num_classes": 10, "width": 4, "shortcut": "B"},
     {"name": "resnet18", "input_shape": [3, 8, 8], "num_classes": 10, "width": 4, "affine": False},
     {"name": "bireal18", "input_shape": [3, 8, 8], "num_classes": 10, "width": 4, "final_norm": True},
+    {"name": "lstm", "input_shape": [12], "num_classes": 30, "hidden": 8, "embedding": 4},
+    {"name": "char_rnn", "input_shape": [12], "num_classes": 30, "hidden": 8},
 ]
 
 
@@ -112,7 +114,7 @@ def test_seeded_net_follows_the_default_dtype_and_device():
 
 
 def test_listing_models_does_not_import_torch():
-    code = "import sys, qlab.models as m; assert len(m.MODELS) == 6; assert 'torch' not in sys.modules"
+    code = "import sys, qlab.models as m; assert len(m.MODELS) == 8; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -163,6 +165,7 @@ def test_bad_argument_raises_one_clear_error(arguments, options, message):
         {"name": "vgg_small", "input_shape": [3, 65536, 65536]},
         {"name": "vgg_small", "input_shape": [1, 2048, 65536], "num_classes": 65536},
         {"name": "mlp", "hidden": [65536] * 64},
+        {"name": "lstm", "input_shape": [10], "num_classes": 65536, "hidden": 65536},
         {"name": "mlp", "hidden": [1] * 10**6},
         {"name": "mlp", "hidden": "x" * 10**6},
         {"name": "mlp", "input_shape": [65536] * 8},

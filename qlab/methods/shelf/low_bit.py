@@ -6,4 +6,54 @@ from qlab.methods.info import MethodInfo
 
 __all__ = ["ENTRIES"]
 
-ENTRIES: tuple[MethodInfo, ...] = ()
+ENTRIES = (
+    MethodInfo(
+        name="dorefa",
+        title="DoReFa-Net: weights, activations and gradients of a few bits",
+        target="qlab.methods.low_bit.dorefa:DoReFa",
+        paper="Zhou, Wu, Ni, Zhou, Wen, Zou, DoReFa-Net: Training Low Bitwidth Convolutional Neural Networks with Low "
+        "Bitwidth Gradients, 2016",
+        arxiv="1606.06160",
+        family="low_bit",
+        weight_bits=2,
+        activation_bits=2,
+        properties=(
+            "weights take at most 2^k values in [-1, 1], none of them zero, and the largest latent maps to its sign",
+            "quantized gradients have the float gradient as their mean",
+        ),
+    ),
+    MethodInfo(
+        name="luq",
+        title="LUQ: four-bit weights and activations, unbiased logarithmic four-bit gradients",
+        target="qlab.methods.low_bit.luq:LUQ",
+        paper="Chmiel, Banner, Hoffer, Ben Yaacov, Soudry, Accurate Neural Training with 4-bit Matrix Multiplications at "
+        "Standard Formats, ICLR 2023",
+        arxiv="2112.10769",
+        family="low_bit",
+        weight_bits=4,
+        activation_bits=4,
+        properties=(
+            "quantized gradients have the float gradient as their mean and the declared variance",
+            "the largest gradient, zero and powers of two times the smallest level stay as they are",
+            "averaging n draws divides the variance by n",
+        ),
+    ),
+    MethodInfo(
+        name="qnn_rnn",
+        title="QNN for recurrent nets: matrices and both inputs of every product on a few bits, the memory in float",
+        target="qlab.methods.low_bit.qnn_rnn:QNNRNN",
+        paper="Hubara, Courbariaux, Soudry, El-Yaniv, Bengio, Quantized Neural Networks: Training Neural Networks with Low "
+        "Precision Weights and Activations, JMLR 2018",
+        arxiv="1609.07061",
+        family="low_bit",
+        weight_bits=4,
+        activation_bits=4,
+        claims=("an LSTM on 4-bit weights and activations is as good as in float; 2 and 3 bits cost, 1 bit fails",),
+        properties=(
+            "levels are odd-symmetric and the nearest to their value; one bit is the sign",
+            "the float LSTM is torch's, states and gradients",
+            "latent weights stay within [-1, 1]",
+        ),
+        reconstruction=True,
+    ),
+)
