@@ -17,8 +17,8 @@ import threading
 from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import traitlets
+from qlab.widgets.cockpit_payload import instruments, packed
 from qlab.widgets.view import View
 
 from qlab.data import DATA
@@ -44,7 +44,6 @@ _PREFERRED = (
 )  # to begin with: their forward weights are not the deployed ones
 _DATA = tuple(d.name for d in DATA.values() if d.kind != "text")
 _MAX_EPOCHS = 200
-_POINTS = 600  # of a curve that is sent
 CHANGES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "frozen": ("its schedule frozen", {"frozen": True}),
     "half": ("a schedule at half speed", {"speed": 0.5}),
@@ -243,7 +242,7 @@ class AnnealingCockpit(View):
         elif job.status == "done":
             with self._lock:
                 self.schedules = job.value
-                self.instruments = _instruments(job.value)
+                self.instruments = instruments(job.value)
                 self.caption = self._caption()
 
     def _fly(self, work: Callable[[SteeredRun], Any], text: str, wait: bool) -> Job:
@@ -310,11 +309,11 @@ class AnnealingCockpit(View):
         if run is None:
             return
         self._telemetry[which] = telemetry
-        packed = _packed(telemetry, run.frozen, run.progress)
+        drawn = packed(telemetry, run.frozen, run.progress)
         if which == "as planned":
-            self.planned = packed
+            self.planned = drawn
         else:
-            self.branched = packed
+            self.branched = drawn
         self.caption = self._caption()
 
     def _compare(self) -> None:
@@ -374,51 +373,3 @@ def _checked(fields: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(moment, bool) or not isinstance(moment, int | float) or not 0 <= moment <= 1:
         raise InputError(f"moment is {moment!r:.40}; expected a share of the plan from 0 to 1.")
     return {name: fields[name] for name in _FIELDS} | {"moment": float(moment)}
-
-
-def _bytes(values: Any) -> bytes:
-    return np.ascontiguousarray(values, dtype="<f4").tobytes()
-
-
-def _instruments(found: Schedules) -> dict[str, Any]:
-    """Return a row per scheduled quantity, and one per kind of learning rate."""
-    from qlab.cockpit import LR
-
-    rows = [([c.method], c) for c in found.curves if c.quantity != LR]
-    rows += [(list(names), c) for names, c in found.rates().items()]
-    return {
-        "progress": _bytes(found.progress),
-        "rows": [
-            {
-                "methods": names,
-                "quantity": c.quantity,
-                "rate": c.quantity == LR,
-                "heights": _bytes(c.normalised),
-                "values": _bytes(c.values),
-                "log": c.log,
-                "said": c.summary(),
-            }
-            for names, c in rows
-        ],
-        "left_out": [{"method": name, "why": why} for name, why in found.left_out.items()],
-    }
-
-
-def _packed(t: Telemetry, frozen: bool, progress: float) -> dict[str, Any]:
-    """Return what is drawn of a run: at most 600 points, flips and loss as running means."""
-    from qlab.cockpit import measure, smoothed
-
-    chosen = np.unique(np.linspace(0, len(t.values["step"]) - 1, _POINTS).round().astype(int))
-    columns = {name: t.values[name] for name in ("step", "progress", "residual", "distance")}
-    columns |= {name: smoothed(t.values[name]) for name in ("flips", "loss")}
-    return {
-        **{name: _bytes(values[chosen]) for name, values in columns.items()},
-        "total": t.total,
-        "now": int(t.values["step"][-1]),
-        "at": progress,
-        "frozen": frozen,
-        "kept": list(t.kept),
-        "branched": t.branched,
-        "measure": measure(t),
-        "accuracy": None if np.isnan(t.accuracy) else t.accuracy,
-    }

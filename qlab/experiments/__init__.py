@@ -29,5 +29,15 @@ EXPERIMENTS: Registry[Entry] = Registry(
             title="Four bits are enough for an LSTM: as good as float; 2 and 3 bits cost, 1 bit fails",
             target="qlab.experiments.qnn_rnn:EXPERIMENT",
         ),
+        Entry(
+            name="askewsgd",
+            title="ASkewSGD ends at rest: a lower loss at the end than BinaryConnect's, and far fewer flips",
+            target="qlab.experiments.askewsgd:EXPERIMENT",
+        ),
+        Entry(
+            name="binary_transform",
+            title="Binary weights with the recipe of a float net: group transform, power family (a reconstruction)",
+            target="qlab.experiments.binary_transform:EXPERIMENT",
+        ),
     ],
 )

@@ -26,7 +26,7 @@ class Paper:
 
 PAPERS: tuple[Paper, ...] = (
     Paper(1, "AdaSTE: An Adaptive Straight-Through Estimator to Train Binary Neural Networks", "Le, Høier, Lin, Zach", "CVPR 2022", "2112.02880", ("adaste",)),
-    Paper(2, "ASkewSGD: An Annealed interval-constrained Optimisation method to train Quantized Neural Networks", "Leconte, Schechtman, Moulines", "AISTATS 2023", "2211.03741", ("askewsgd",)),
+    Paper(2, "ASkewSGD: An Annealed interval-constrained Optimisation method to train Quantized Neural Networks", "Leconte, Schechtman, Moulines", "AISTATS 2023", "2211.03741", ("askewsgd", "askewsgd_low_bit")),
     Paper(3, "Exact Backpropagation in Binary Weighted Networks with Group Weight Transformations", "Shulman", "2021", "2107.01400", ("group_transform",)),
     Paper(4, "Resource-Efficient Neural Networks for Embedded Systems", "Roth et al.", "JMLR 2024", "2001.03048"),
     Paper(5, "Large-Scale Deep Learning Optimizations: A Comprehensive Survey", "He, Xue, Ren, You", "2021", "2111.00856"),

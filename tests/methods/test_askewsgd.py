@@ -131,7 +131,7 @@ def test_a_midpoint_goes_right() -> None:
 # ---- problems with a known solution ----------------------------------------------------------------------------------
 
 
-def descend(w: Tensor, gradient: object, eps: float, alpha: float, levels: Tensor, steps: int = 20000) -> Tensor:
+def descend(w: Tensor, gradient: object, eps: float, alpha: float, levels: Tensor, steps: int = 8000) -> Tensor:
     for k in range(steps):
         gamma = 0.02 / (1 + k / 4000) ** 0.6
         w = w + gamma * direction(gradient(w), w, eps, alpha, 10.0, levels)  # type: ignore[operator]
@@ -158,7 +158,7 @@ def test_toy_problem_with_five_levels_converges() -> None:
 
 def test_without_a_gradient_the_violation_decays_exponentially() -> None:
     w = torch.tensor([0.4], dtype=torch.float64)
-    eps, alpha, gamma, steps = 0.1, 0.5, 1e-4, 20000
+    eps, alpha, gamma, steps = 0.1, 0.5, 5e-4, 4000
     first = eps - phi(w, BINARY)
     for _ in range(steps):
         w = w + gamma * direction(torch.zeros_like(w), w, eps, alpha, FAST, BINARY)
@@ -176,6 +176,11 @@ def test_schedule_is_that_of_the_paper() -> None:
     assert method.schedule(0.90)["eps"] == pytest.approx(0.0060, abs=1e-4)
 
 
+def test_learning_rate_is_halved_where_the_paper_halves_it() -> None:
+    method = create("askewsgd", small_net(), lr_schedule="constant", halvings=(0.2, 0.4))
+    assert [method.lr_factor(e / 100) for e in (0, 19, 20, 39, 40, 99)] == [1, 1, 0.5, 0.5, 0.25, 0.25]
+
+
 def test_while_eps_is_one_it_is_clipped_training_in_float() -> None:
     """With psi > 0 inside of (-1, 1) every step is the optimizer's own."""
     method = create("askewsgd", small_net(), eps_constant=1.0, lr=0.05, seed=1)
@@ -189,7 +194,7 @@ def test_while_eps_is_one_it_is_clipped_training_in_float() -> None:
 def test_weights_end_within_the_interval_whatever_the_loss_wants() -> None:
     u, w = draws(400, seed=7)
     for eps in (0.3, 0.006):
-        end = descend(w, lambda w: u, eps, 1.0, BINARY, steps=10000)
+        end = descend(w, lambda w: u, eps, 1.0, BINARY, steps=5000)
         inner, outer = 1 - math.sqrt(1 - math.sqrt(eps)), math.sqrt(eps)  # beyond +-1 phi = (|w| - 1)^2
         assert float((end.abs() - 1).abs().max()) <= max(inner, outer) + 5e-3
 
@@ -206,7 +211,15 @@ def test_at_the_end_of_a_run_weights_are_nearly_signs() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"alpha": -1.0}, {"M": 0.0}, {"eps_rate": 1.5}, {"eps_rate": 0.0}, {"eps_constant": 2.0}, {"schedule_epochs": 0}],
+    [
+        {"alpha": -1.0},
+        {"M": 0.0},
+        {"eps_rate": 1.5},
+        {"eps_rate": 0.0},
+        {"eps_constant": 2.0},
+        {"schedule_epochs": 0},
+        {"halvings": (1.5,)},
+    ],
 )
 def test_impossible_values_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(InputError, match=next(iter(options))):

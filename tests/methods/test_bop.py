@@ -53,7 +53,8 @@ def test_average_is_exponential_and_is_not_reset_by_a_flip() -> None:
         w = expected
         assert torch.equal(step(p, optimizer, g), w)
     assert flips > 100
-    assert set(optimizer.state[p]) == {"m"}  # no latent weight
+    assert set(optimizer.state[p]) == {"m", "step"}  # no latent weight; the step is for torch's Adam, which restores it
+    assert optimizer.state[p]["step"] == 0
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.3, 0.01])

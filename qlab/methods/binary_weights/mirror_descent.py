@@ -11,7 +11,8 @@ With P(theta) = tanh(beta theta), or the softmax over the two levels, and w = P(
                                            = (E - 1) / (E + 1),   E = (1 + w) / (1 - w) exp(-2 beta lr dl/dw)
 
 Both are the same trajectory while beta is constant. When beta grows, the stable form sharpens all weights at once and flips
-none; in the primal form beta is a factor of the step, and w is not sharpened again. Deployed: the sign.
+none; in the primal form beta is a factor of the step, and w is not sharpened again: it has to walk to ±1 on its own, and in a
+short run needs a larger lr to get there (0.1 on two moons). Deployed: the sign.
 
 Softmax over (-1, +1) in theta_+, theta_- is the tanh in h = (theta_+ - theta_-) / 2, in both forms, with SGD and with Adam
 (g_+ = -g_-): one number for each weight is kept. What `form` changes is the start: h is half the difference of two draws.

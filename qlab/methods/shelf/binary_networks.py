@@ -87,4 +87,25 @@ ENTRIES = (
         schedule=("t",),
         reconstruction=True,
     ),
+    MethodInfo(
+        name="qnn",
+        title="QNN: weights, activations and gradients of a few bits; BNN with one bit; shift-based batch norm and AdaMax",
+        target="qlab.methods.binary_networks.qnn:QNN",
+        paper="Hubara, Courbariaux, Soudry, El-Yaniv, Bengio, Quantized Neural Networks: Training Neural Networks with Low "
+        "Precision Weights and Activations, JMLR 2018; Binarized Neural Networks, NeurIPS 2016",
+        arxiv="1609.07061",
+        family="binary_networks",
+        weight_bits=1,
+        activation_bits=1,
+        claims=(
+            "shift-based batch norm and AdaMax cost at most one point of accuracy, so do gradients of six bits; without the "
+            "multiplier of the learning rate several points are lost",
+        ),
+        properties=(
+            "the stochastic sign has the clipped value as its mean",
+            "with its roundings removed, shift-based batch norm is batch norm, forward and backward",
+            "latent weights stay within [-1, 1], and only their signs matter to the output",
+            "the packed net has the deployed net's logits",
+        ),
+    ),
 )

@@ -56,4 +56,22 @@ ENTRIES = (
         ),
         reconstruction=True,
     ),
+    MethodInfo(
+        name="askewsgd_low_bit",
+        title="ASkewSGD of a few bits: float weights in ever smaller intervals around the levels of a SAWB grid",
+        target="qlab.methods.low_bit.askewsgd_low_bit:ASkewSGDLowBit",
+        paper="Leconte, Schechtman, Moulines, ASkewSGD: An Annealed interval-constrained Optimisation method to train "
+        "Quantized Neural Networks, AISTATS 2023",
+        arxiv="2211.03741",
+        family="low_bit",
+        weight_bits=4,
+        activation_bits=4,
+        differentiable=False,
+        properties=(
+            "before the clip is frozen it is plain training in float",
+            "the constrained velocity is -alpha psi / psi' times the grid's step",
+            "the intervals meet at eps = gap^4 / 16",
+        ),
+        schedule=("frozen",),
+    ),
 )
