@@ -25,6 +25,11 @@ EXPERIMENTS: Registry[Entry] = Registry(
             target="qlab.experiments.adaste:EXPERIMENT",
         ),
         Entry(
+            name="bnn_repair",
+            title="Feature normalization and double residuals repair a binary net",
+            target="qlab.experiments.bnn_repair:EXPERIMENT",
+        ),
+        Entry(
             name="qnn_rnn",
             title="Four bits are enough for an LSTM: as good as float; 2 and 3 bits cost, 1 bit fails",
             target="qlab.experiments.qnn_rnn:EXPERIMENT",
@@ -38,6 +43,26 @@ EXPERIMENTS: Registry[Entry] = Registry(
             name="binary_transform",
             title="Binary weights with the recipe of a float net: group transform, power family (a reconstruction)",
             target="qlab.experiments.binary_transform:EXPERIMENT",
+        ),
+        Entry(
+            name="binary_weights",
+            title="Methods for binary weights side by side: each is far ahead of the signs of a float net",
+            target="qlab.experiments.binary_weights:EXPERIMENT",
+        ),
+        Entry(
+            name="qnn",
+            title="One bit, trained with shifts and six-bit gradients: what the devices of QNN and BNN cost",
+            target="qlab.experiments.qnn:EXPERIMENT",
+        ),
+        Entry(
+            name="dir_net",
+            title="DIR-Net keeps information: a bit in every balanced weight, a slope for a share of clustered ones",
+            target="qlab.experiments.dir_net:EXPERIMENT",
+        ),
+        Entry(
+            name="optimum_gap",
+            title="The gap to the best signs there are: tiny nets whose optimum is found by trying every sign",
+            target="qlab.experiments.optimum_gap:EXPERIMENT",
         ),
     ],
 )

@@ -34,7 +34,7 @@ PAPERS: tuple[Paper, ...] = (
     Paper(7, "Robust Learning of Parsimonious Deep Neural Networks", "Guenter, Sideris", "2022", "2205.04650"),
     Paper(8, "Distribution-sensitive Information Retention for Accurate Binary Neural Network", "Qin et al.", "IJCV 2023", "2109.12338", ("dir_net", "ir_net")),
     Paper(9, "Recent Theoretical Advances in Non-Convex Optimization", "Danilova et al.", "Springer 2022", "2012.06188"),
-    Paper(10, "How to train accurate BNNs for embedded systems?", "de Putter, Corporaal", "2022", "2206.12322"),
+    Paper(10, "How to train accurate BNNs for embedded systems?", "de Putter, Corporaal", "2022", "2206.12322", ("bnn_repair",)),
     Paper(11, "LQ-Nets: Learned Quantization for Highly Accurate and Compact Deep Neural Networks", "Zhang, Yang, Ye, Hua", "ECCV 2018", "1807.10029"),
     Paper(12, "Lifted Bregman Training of Neural Networks", "Wang, Benning", "JMLR 2023", "2208.08772"),
     Paper(13, "Improved Gradient-Based Adversarial Attacks for Quantized Networks", "Gupta, Ajanthan", "AAAI 2022", "2003.13511"),
@@ -43,6 +43,6 @@ PAPERS: tuple[Paper, ...] = (
     Paper(16, "Efficient Global Optimization of Two-layer ReLU Networks", "Bai, Gautam, Sojoudi", "SIMODS 2023", "2201.01965"),
     Paper(17, "Differentiable bilevel programming for Stackelberg congestion games", "Li et al.", "2022", "2209.07618"),
     Paper(18, "Provably efficient variational generative modeling of quantum many-body systems via quantum-probabilistic information geometry", "Sbahi et al.", "2022", "2206.04663"),
-    Paper(19, "Quantized Neural Networks: Training Neural Networks with Low Precision Weights and Activations", "Hubara et al.", "JMLR 2018", "1609.07061", ("qnn_rnn",)),
+    Paper(19, "Quantized Neural Networks: Training Neural Networks with Low Precision Weights and Activations", "Hubara et al.", "JMLR 2018", "1609.07061", ("qnn", "qnn_rnn")),
     Paper(20, "Vertical Layering of Quantized Neural Networks for Heterogeneous Inference", "Wu et al.", "TPAMI 2023", "2212.05326"),
 )  # fmt: skip

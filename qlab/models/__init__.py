@@ -51,6 +51,7 @@ MODELS: Registry[NetInfo] = Registry(
         NetInfo(
             "vgg_small", "VGG-small of the binary-network papers: six 3x3 convolutions", "qlab.models.vgg:VGGSmall"
         ),
+        NetInfo("vgg16", "VGG-16 with batch norm, for images of 32x32 pixels", "qlab.models.vgg:VGG16"),
         NetInfo("resnet20", "ResNet-20 for CIFAR, shortcuts of type A or B", "qlab.models.resnet:ResNet20"),
         NetInfo(
             "resnet18",
@@ -60,6 +61,8 @@ MODELS: Registry[NetInfo] = Registry(
         NetInfo(
             "bireal18", "Bi-Real Net 18: every 3x3 convolution has its own shortcut", "qlab.models.bireal:BiReal18"
         ),
+        NetInfo("repair20", "ResNet-20 with every topology repair of binary nets", "qlab.models.repairable:Repair20"),
+        NetInfo("repair18", "ResNet-18 with every topology repair of binary nets", "qlab.models.repairable:Repair18"),
         NetInfo("lstm", "LSTM language model of one layer", "qlab.models.recurrent:LSTM", takes="tokens"),
         NetInfo(
             "char_rnn", "Simple recurrent language model of one layer", "qlab.models.recurrent:CharRNN", takes="tokens"

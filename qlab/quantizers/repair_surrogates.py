@@ -213,12 +213,12 @@ class RepairSign(Quantizer):
         if self.scheduled is None:
             return latent.new_zeros(())
         v = self.get_buffer(self.scheduled.quantity)
-        return torch.minimum(v, updatable_cap(latent.detach(), self.eps)) if self.which == "dte" and self.eps else v
+        if self.which == "dte" and self.eps and torch.is_grad_enabled():
+            return torch.minimum(v, updatable_cap(latent.detach(), self.eps))
+        return v
 
     def forward(self, latent: Tensor) -> Tensor:
         """Return signs of the shape of `latent`."""
-        if not (torch.is_grad_enabled() and latent.requires_grad):
-            return hard_sign(latent)  # no quantile of values that get no gradient
         return _Sign.apply(latent, self.quantity(latent), self.derivative)
 
     def levels(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -57,17 +57,40 @@ def test_every_net_of_the_shelf_gives_the_bits_of_the_deployed_net(
     assert "bits" in how(packed).values()
 
 
+FEW_BIT_ACTIVATIONS = ("askewsgd_low_bit", "luq", "qnn_rnn")  # their grids are none of the packed format's; said in one error
+
+
 @pytest.mark.parametrize("name", sorted(CATALOG))
 @pytest.mark.parametrize("model", ["mlp", "vgg_small"])
 def test_every_method_of_the_catalog_compiles_to_the_bits_of_its_deployed_net(name: str, model: str) -> None:
     shape = (2,) if model == "mlp" else (3, 8, 8)
     net = randomised(qlab.build(model, shape, 2, seed=0, **({} if model == "mlp" else {"width": 12})))
+    info = CATALOG[name]
     options = {"activations": "sign", "keep": ["first", "last"]} if name == "ste" else {}
     method = qlab.methods.create(name, net, **options)
     x = images(4, *shape)
-    packed = exact(method.deployed([images(8, *shape, seed=5)]), x)
-    expected = {"float"} if name == "full_precision" else {"bits", "float"} if name == "ste" else {"sign weights"}
-    assert set(how(packed).values()) == expected
+    deployed = method.deployed([images(8, *shape, seed=5)])
+    if name in FEW_BIT_ACTIVATIONS:
+        with pytest.raises(InputError, match="the packed format knows sign and uniform"):
+            qlab.binary.compile(deployed, x)
+        return
+    if name == "xnor_net":  # torch rounds its sums of +-a, the packed net scales an exact sum: reported, not hidden
+        packed = qlab.binary.compile(deployed, x[:2])
+        certificate = packed.verify(x, BACKENDS)
+        assert not certificate.exact
+        assert "logits differ" in certificate.summary()
+        with torch.no_grad():
+            assert torch.allclose(packed(x), deployed(x), atol=1e-5)
+    else:
+        packed = exact(deployed, x)
+    runs = set(how(packed).values())
+    if info.weight_bits > 1:
+        assert runs == {"float"}
+    elif info.activation_bits == 1 or name == "ste":
+        assert "bits" in runs  # the first layer, and what a method keeps, beside them
+        assert runs <= {"bits", "sign weights", "float"}
+    else:
+        assert runs == {"sign weights"}
 
 
 def test_batch_of_one_and_other_batch_sizes_than_the_examples() -> None:

@@ -20,9 +20,19 @@ SPECS = [
     {"name": "mlp", "input_shape": [1, 8, 8], "num_classes": 10, "hidden": [], "affine": False},
     {"name": "lenet", "input_shape": [1, 28, 28], "num_classes": 10, "final_norm": True},
     {"name": "vgg_small", "input_shape": [3, 8, 8], "num_classes": 3, "width": 4},
+    {"name": "vgg16", "input_shape": [3, 8, 8], "num_classes": 3, "width": 2, "hidden": [6, 5]},
     {"name": "resnet20", "input_shape": [3, 32, 32], "num_classes": 10, "width": 4, "shortcut": "B"},
     {"name": "resnet18", "input_shape": [3, 8, 8], "num_classes": 10, "width": 4, "affine": False},
     {"name": "bireal18", "input_shape": [3, 8, 8], "num_classes": 10, "width": 4, "final_norm": True},
+    {"name": "repair20", "input_shape": [3, 8, 8], "num_classes": 10, "width": 4, "ensemble": 2, "order": "bn_conv"},
+    {
+        "name": "repair18",
+        "input_shape": [3, 8, 8],
+        "num_classes": 10,
+        "width": 4,
+        "blocks": [1, 1],
+        "scaling": "xnorpp",
+    },
     {"name": "lstm", "input_shape": [12], "num_classes": 30, "hidden": 8, "embedding": 4},
     {"name": "char_rnn", "input_shape": [12], "num_classes": 30, "hidden": 8},
 ]
@@ -114,7 +124,7 @@ def test_seeded_net_follows_the_default_dtype_and_device():
 
 
 def test_listing_models_does_not_import_torch():
-    code = "import sys, qlab.models as m; assert len(m.MODELS) == 8; assert 'torch' not in sys.modules"
+    code = "import sys, qlab.models as m; assert len(m.MODELS) == 11; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -144,6 +154,8 @@ def test_unknown_model_names_the_closest():
         (("lenet", (2,), 2), {}, r"takes images: input_shape is \(2,\), expected \(C, H, W\)"),
         (("lenet", (1, 8, 8), 2), {}, "at least 12x12 pixels"),
         (("vgg_small", (3, 7, 32), 2), {}, "at least 8x8 pixels"),
+        (("vgg16", (3, 7, 32), 2), {}, "at least 8x8 pixels"),
+        (("vgg16", (3, 32, 32), 2), {"hidden": 512}, "hidden is 512"),
         (("resnet18", (3, 4, 4), 2), {}, "at least 8x8 pixels"),
         (("resnet20", (3, 32, 32), 2), {"shortcut": "C"}, "shortcut is 'C'; expected 'A'"),
         (("resnet20", (3, 32, 32), 2), {"shortcut": 1}, "shortcut is 1"),

@@ -18,6 +18,8 @@ SMALL = {
     "mlp, norm on the logits": ("mlp", (5,), {"hidden": (8,), "affine": False, "final_norm": True}),
     "lenet": ("lenet", (3, 16, 16), {}),
     "vgg_small": ("vgg_small", (3, 8, 8), {"width": 4}),
+    "vgg16": ("vgg16", (3, 8, 8), {"width": 4, "hidden": (8, 6)}),
+    "vgg16, images of 32": ("vgg16", (3, 32, 32), {"width": 2, "hidden": (8,), "final_norm": True}),
     "resnet20 A": ("resnet20", (3, 8, 8), {"width": 4, "shortcut": "A"}),
     "resnet20 B": ("resnet20", (3, 8, 8), {"width": 4, "shortcut": "B"}),
     "resnet18": ("resnet18", (3, 8, 8), {"width": 4}),
@@ -59,6 +61,10 @@ def parameters(net):
         ("bireal18", (3, 32, 32), {}, 11_173_962),  # the same layers, wired otherwise
         # VGG-small of IR-Net: convolutions, batch norms, linear layer of 8192 features
         ("vgg_small", (3, 32, 32), {}, 4_574_592 + 2 * 1792 + 81_930),
+        # 15,253,578 of the VGG-16 for CIFAR with linear layers of 512 (chengyangfu/pytorch-vgg-cifar10), whose biases before
+        # batch norm, 4224 and 1024, are not here; the two batch norms of the linear layers, 2 x 1024, are
+        ("vgg16", (3, 32, 32), {}, 15_253_578 - 4224 - 1024 + 2048),
+        ("vgg16", (3, 32, 32), {"hidden": ()}, 14_728_266 - 4224),  # kuangliu/pytorch-cifar, its biases too
         ("mlp", (784,), {"hidden": (1024, 1024, 1024), "norm": False}, 784 * 1024 + 2 * 1024**2 + 3 * 1024 + 10_250),
     ],
 )
@@ -81,7 +87,7 @@ def test_resnet20_has_the_binary_macs_of_the_literature():
     assert (first, sum(inner), len(inner)) == (442_368, 40_108_032, 18)
 
 
-@pytest.mark.parametrize(("name", "depth"), [("resnet20", 20), ("resnet18", 18), ("bireal18", 18)])
+@pytest.mark.parametrize(("name", "depth"), [("vgg16", 16), ("resnet20", 20), ("resnet18", 18), ("bireal18", 18)])
 def test_depth_is_what_the_name_says(name, depth):
     layers = [
         n for n, m in build(name, (3, 32, 32), 10, width=4).named_modules() if isinstance(m, nn.Conv2d | nn.Linear)

@@ -25,6 +25,9 @@ from qlab.quantizers.information import (
 
 F64 = torch.float64
 
+# torch 2.13 warns about its own use of torch.jit.script on the first forward-mode derivative, even of torch.tanh.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))

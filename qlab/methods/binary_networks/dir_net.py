@@ -47,7 +47,7 @@ class DIRNet(Method):
     """DIR-Net with its three parts, each of which can be switched off.
 
     Args:
-        net: a plain net or the spec of one.
+        net: a plain net or the spec of one. Its batch norms need a shift: a sign has no threshold of its own.
         imb: balance, standardise and scale the weights of each filter; False: signs of the weights as they are.
         estimator: slope of the weights' sign: "dte", "ede" (no cap), or "clip", 1 on [-1, 1].
         activations: "ede", signs with the scheduled slope; "clip", signs with slope 1 on [-1, 1]; "float" leaves them.

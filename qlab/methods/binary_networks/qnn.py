@@ -15,10 +15,10 @@ shift-based batch norm and AdaMax (`qlab.methods.binary_networks.shift`). The lo
 
 Source: Hubara, Courbariaux, Soudry, El-Yaniv, Bengio, Quantized Neural Networks, JMLR 18 (2018), arXiv 1609.07061; its one-bit
 part is Binarized Neural Networks, NeurIPS 2016, arXiv 1602.02830. gamma_k, start and loss as in the authors' code.
-Deviations: no layer of the paper is in float; the default here keeps the first, for one-bit weights on two inputs see two
-directions only. `keep=()` is the paper's, and packs with the first layer on the bit planes of the image. The paper's nets have
-batch norm on the logits: `final_norm=True` of `qlab.models`. No code of quantized gradients is public: their codes, and their
-rounding at random, are a reconstruction.
+Deviations: no layer of the paper is in float, and its nets have batch norm on the logits: `keep=()` with `final_norm=True` of
+`qlab.models`. The default keeps the last layer in float, for nets without it. The first reads real inputs with binary weights,
+which pack on the bit planes of the image. No code of quantized gradients is public: their codes, and their rounding at random,
+are a reconstruction.
 
 Shapes: W (O, K, ...) of the plain net; s, a and g_s (N, O, ...).
 """
@@ -65,10 +65,11 @@ class QNN(Method):
         glorot_lr: multiply updates of latent weights by gamma_k.
         clamp: clip latent weights to [-1, 1] after every step.
         halvings: halve the learning rate this many times over the run, in place of `lr_schedule`: shifts to the right.
-        lr: learning rate. Of the paper's long runs: 0.003 (MNIST) and 0.001 with adam, 2^-6 or 2^-10 with shift_adamax.
+        lr: learning rate, for small nets and short runs. The paper has 0.003 or 0.001 with adam, 2^-6 or 2^-10 with
+            shift_adamax.
         lr_schedule: the paper's with adam decays exponentially.
         loss: the paper's is the squared hinge.
-        keep: layers left in float; none in the paper.
+        keep: layers left in float; none in the paper, whose nets have batch norm on the logits.
 
     Raises:
         InputError: for a hyperparameter out of range, or `shift_norm` on a net without batch norm.
@@ -95,10 +96,10 @@ class QNN(Method):
         glorot_lr: bool = True,
         clamp: bool = True,
         halvings: int | None = None,
-        lr: float = 0.01,
+        lr: float = 0.03,
         lr_schedule: Literal["cosine", "exponential", "constant"] = "exponential",
         loss: Literal["cross_entropy", "squared_hinge"] = "squared_hinge",
-        keep: Sequence[str] = ("first",),
+        keep: Sequence[str] = ("last",),
         **kwargs: Any,
     ) -> None:
         for name, value, good, expected in (
@@ -116,7 +117,7 @@ class QNN(Method):
                 raise InputError(f"{name} must be {expected}, not {value!r}")
         super().__init__(
             net,
-            optimizer=optimizer,
+            optimizer=optimizer,  # type: ignore[arg-type]
             lr=lr,
             lr_schedule=lr_schedule,
             loss=loss,

@@ -34,8 +34,7 @@ Source: Le, Høier, Lin, Zach, CVPR 2022, arXiv 2112.02880; constants from the a
 The regions of c are derived from the energy and checked against brute force over beta.
 Deviations: theta = 0 counts as positive, as in the forward map (the authors leave it straight-through); the cosine
 moves every step rather than every epoch; batch-norm statistics for the signs are re-estimated before evaluation
-instead of by a second forward in every step; the momentum of batch norm is torch's 0.1, not the authors' 0.2, and their
-VGG-16 is not among the lab's models.
+instead of by a second forward in every step; the momentum of batch norm is torch's 0.1, not the authors' 0.2.
 
 Shapes: theta, w*, l', c are those of the weight.
 """

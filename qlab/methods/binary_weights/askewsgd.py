@@ -64,13 +64,19 @@ def phi(w: Tensor, levels: Tensor) -> Tensor:
         w: weights.
         levels: (K,), ascending.
     """
-    a, b = neighbours(w, levels)
+    return _phi(w, *neighbours(w, levels))
+
+
+def _phi(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return torch.where(a < b, ((w - a) * (w - b)).square(), (w - a).square())
 
 
 def psi_slope(w: Tensor, levels: Tensor) -> Tensor:
     """Return psi'(w) = -phi'(w), which does not depend on eps; zero on levels and at midpoints."""
-    a, b = neighbours(w, levels)
+    return _psi_slope(w, *neighbours(w, levels))
+
+
+def _psi_slope(w: Tensor, a: Tensor, b: Tensor) -> Tensor:
     inside = -2 * (w - a) * (w - b) * ((w - a) + (w - b))
     return torch.where(a < b, inside, -2 * (w - a))
 
@@ -91,7 +97,8 @@ def direction(u: Tensor, w: Tensor, eps: float, alpha: float, M: float, levels: 
         M: largest constrained speed.
         levels: (K,), ascending.
     """
-    psi, slope = eps - phi(w, levels), psi_slope(w, levels)
+    a, b = neighbours(w, levels)  # of every weight, once for both
+    psi, slope = eps - _phi(w, a, b), _psi_slope(w, a, b)
     free = (psi > 0) | (-u * slope >= -alpha * psi)
     repair = torch.where(slope == 0, math.inf, -alpha * psi / slope)
     return torch.where(free, -u, repair.clamp(-M, M))

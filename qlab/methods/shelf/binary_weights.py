@@ -167,7 +167,7 @@ ENTRIES = (
         family="binary_weights",
         weight_bits=1,
         differentiable=True,
-        claims=("its loss is steady at the end where BinaryConnect's fluctuates, and its weights flip far less often",),
+        claims=("on a convex problem its loss ends below BinaryConnect's, and its weights flip far less often",),
         properties=(
             "the velocity is the nearest one to the gradient step that repairs violations at the rate alpha",
             "the constrained velocity changes no sign",
