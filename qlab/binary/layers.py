@@ -323,7 +323,7 @@ def _is_sign(module: nn.Module) -> bool:
     """Return whether a quantizer is the sign: its own hard map is asked at values around zero."""
     if not isinstance(module, Quantizer) or module.bits != 1:
         return False
-    x = torch.tensor([-2.0, -1.0, -0.5, -1e-30, -0.0, 0.0, 1e-30, 0.5, 1.0, 2.0])
+    x = torch.tensor([[-2.0, -1.0, -0.5, -1e-30, -0.0, 0.0, 1e-30, 0.5, 1.0, 2.0]])  # a sample: some take its mean
     with torch.no_grad():
         return bool(torch.equal(module.hard(x), hard_sign(x)))
 

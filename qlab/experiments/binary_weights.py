@@ -95,7 +95,7 @@ SETTINGS: dict[str, Setting] = {
     "bwn": Setting({"lr": 0.01}, DIGITS),
     "adaste": Setting({}, "the authors' code, with the derived rule", {"mode": "reference"}, "the authors' code"),
     "askewsgd": Setting(
-        {"lr": 0.2}, DIGITS, {"lr": 0.2, "lr_schedule": "constant", "halvings": [0.2, 0.4]}, "the authors' code"
+        {"lr": 0.2}, DIGITS, {"lr": 0.06, "lr_schedule": "constant", "halvings": [0.2, 0.4]}, "the authors' code"
     ),
     "binary_relax": Setting(
         {"lr": 0.01}, DIGITS, {"optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-4}, "the authors' code", warm=True

@@ -134,7 +134,7 @@ SMALL: dict[str, Any] = {"width": 8, "blocks": [1, 1, 1]}
 IMAGES = {"batch_size": 128, "val_fraction": 0.1}
 
 SIZES: dict[tuple[str, Scale], Size] = {
-    ("digits", "laptop"): Size(("repair20", MEASURED), 20, seeds=5, data_options=HALF),
+    ("digits", "laptop"): Size(("repair20", MEASURED), 20, seeds=8, data_options=HALF),
     ("digits", "workstation"): Size(("repair20", MEASURED), 20, seeds=20, data_options=HALF),
     ("digits", "paper"): Size(("repair20", {}), 60, seeds=10, data_options={**HALF, "subset": None}),
     ("fashion_mnist", "laptop"): Size(("repair20", SMALL), 1, data_options={**IMAGES, "subset": 10_000}),

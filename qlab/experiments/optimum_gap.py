@@ -16,9 +16,13 @@ the cross-entropy of the one logit z.
     two_moons   2 - 3 - 1, 9 weights, 512 signs; at workstation scale 2 - 5 - 1, 15 weights
     circles     2 - 4 - 1, 12 weights, 4096 signs
 
-The second part of the claim is the paper's of ASkewSGD: over many starts it ends nearer to the minimum than BinaryConnect, and,
-third, stays where it is in the last epochs. All other methods for binary weights are shown as they fall, with the signs of a
-float net, and random ones.
+The second part of the claim is about the end of a run at a constant learning rate, as in the paper of ASkewSGD: there its signs
+stand still over the last epochs in every run, and those of BinaryConnect do not. What this is worth in loss is shown as it falls.
+On two moons, from 200 starts each, the mean gap was 0.010 for ASkewSGD and 0.030 for BinaryConnect at the constant rate of 1; with a
+rate that falls to zero BinaryConnect had 0.008 (arm "binary_connect, cosine") and ASkewSGD 0.010. The medians were the same, next
+to zero. So what is lost at a constant rate is lost to oscillation, and a falling rate mends it too.
+
+All other methods for binary weights are shown beside them, with the signs of a float net, and random ones.
 
 Source: the exhaustive search on two moons is that of Leconte, Schechtman, Moulines, ASkewSGD, AISTATS 2023, arXiv 2211.03741.
 """
@@ -66,7 +70,7 @@ EPS = 1e-5
 LAST = 5
 REACHED = 1e-3  # on two moons three signs lie within 1e-4 of each other
 ASKEW, CONNECT = "askewsgd", "binary_connect"
-SIGNED, RANDOM = "float, then sign", "random signs"
+SIGNED, RANDOM, FALLING = "float, then sign", "random signs", "binary_connect, cosine"
 
 
 class TinyNet(nn.Module):
@@ -212,7 +216,20 @@ def train(settings: Mapping[str, Any], seed: int) -> dict[str, float]:
 
 # --------------------------------------------------------------------------------------------------------------- plans
 
-SETTINGS: dict[str, dict[str, Any]] = {}
+CONSTANT = {"lr": 1.0, "lr_schedule": "constant"}
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    CONNECT: {**CONSTANT, "scale_lr": False},
+    ASKEW: {**CONSTANT, "alpha": 4.0, "eps_constant": 0.4, "eps_rate": 0.9, "schedule_epochs": 50},
+    "ste": {"lr": 0.1},
+    "bwn": {"lr": 0.1},
+    "binary_relax": {"lr": 0.1},
+    "prox_quant": {"lr": 0.1},
+    "pmf": {"lr": 0.1, "beta_rate": 1.1, "beta_updates": 50},
+    "mirror_descent": {"lr": 0.1, "beta_rate": 1.1, "beta_updates": 50},
+    "bop": {"gamma": 1e-2, "tau": 1e-3},
+}
+"""Where they differ from the method's defaults: rates for a thousand steps. The two of the claim have those of ASkewSGD's paper."""
 
 WIDTHS: dict[tuple[str, Scale], tuple[int, ...]] = {
     ("two_moons", "laptop"): (2, 3, 1),
@@ -234,6 +251,7 @@ def plan(scale: Scale, data: str) -> Plan:
         "epochs": 50,
     }
     arms = {name: {**common, "method": name, "options": SETTINGS.get(name, {})} for name in binary_weight_methods()}
+    arms[FALLING] = {**common, "method": CONNECT, "options": {"lr": 0.1, "scale_lr": False, "lr_schedule": "cosine"}}
     arms[SIGNED] = {**common, "method": "full_precision", "options": {"lr": 0.1}}
     arms[RANDOM] = {**common, "method": None, "options": {}}
     return Plan(arms, seeds=SEEDS[scale])
@@ -249,13 +267,13 @@ EXPERIMENT = Experiment(
     name="optimum_gap",
     title="The gap to the best signs there are",
     claim=(
-        "no method for binary weights ends below the minimum over all signs of a tiny net, and ASkewSGD ends nearer to it than "
-        "BinaryConnect and at rest"
+        "no method for binary weights ends below the minimum over all signs of a tiny net; at a constant learning rate ASkewSGD "
+        "is at rest over the last epochs, and BinaryConnect is not"
     ),
     rule=Rule(
         (
-            Every(GAP, (*binary_weight_methods(), SIGNED, RANDOM), ">=", -1e-9),
-            Difference(GAP, CONNECT, ASKEW),
+            Every(GAP, (*binary_weight_methods(), FALLING, SIGNED, RANDOM), ">=", -1e-9),
+            Difference(REST, CONNECT, ASKEW),
             Every(REST, (ASKEW,), "==", 0.0),
         )
     ),

@@ -57,7 +57,11 @@ def test_every_net_of_the_shelf_gives_the_bits_of_the_deployed_net(
     assert "bits" in how(packed).values()
 
 
-FEW_BIT_ACTIVATIONS = ("askewsgd_low_bit", "luq", "qnn_rnn")  # their grids are none of the packed format's; said in one error
+FEW_BIT_ACTIVATIONS = (
+    "askewsgd_low_bit",
+    "luq",
+    "qnn_rnn",
+)  # their grids are none of the packed format's; said in one error
 
 
 @pytest.mark.parametrize("name", sorted(CATALOG))
@@ -91,6 +95,15 @@ def test_every_method_of_the_catalog_compiles_to_the_bits_of_its_deployed_net(na
         assert runs <= {"bits", "sign weights", "float"}
     else:
         assert runs == {"sign weights"}
+
+
+@pytest.mark.parametrize("input_scale", ["mean", "map"])
+def test_signs_with_a_scale_of_their_input_are_refused_by_name(input_scale: str) -> None:
+    for model, shape in (("mlp", (5,)), ("vgg_small", (3, 8, 8))):
+        net = qlab.build(model, shape, 2, seed=0, **({} if model == "mlp" else {"width": 12}))
+        deployed = qlab.methods.create("xnor_net", net, input_scale=input_scale, reestimate_bn=False).deployed()
+        with pytest.raises(InputError, match="InputSign quantizer"):
+            qlab.binary.compile(deployed, images(2, *shape))
 
 
 def test_batch_of_one_and_other_batch_sizes_than_the_examples() -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 import qlab
 from qlab.errors import InputError
 from qlab.methods import create
-from qlab.methods.binary_weights.adaste import BiasCorrectedMomentum
 from qlab.methods.binary_weights.bayes_binn import Bernoulli, half_logit, sample_slope
+from qlab.methods.momentum import BiasCorrectedMomentum
 from qlab.quantizers import quantized_tensors
 from tests.methods.conftest import moons, small_net
 

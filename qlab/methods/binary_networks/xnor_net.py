@@ -81,8 +81,12 @@ class InputSign(Quantizer):
         a = input_scale(x, self.which)
         return Declared.apply(latent, a * hard_sign(x), a * self.slope(x))
 
+    def hard(self, latent: Tensor) -> Tensor:
+        """Return A sign(x)."""
+        return self.scale(latent) * self.level(latent)
+
     def scale(self, latent: Tensor) -> Tensor:
-        """Return A, not below the smallest normal number."""
+        """Return A, not below the smallest normal number, which is all that `hard` and `forward` differ in."""
         return input_scale(latent, self.which).clamp(min=torch.finfo(latent.dtype).tiny)
 
     def level(self, latent: Tensor) -> Tensor:

@@ -37,8 +37,8 @@ from torch import Tensor, nn
 
 from qlab.errors import InputError
 from qlab.methods.base import Method
-from qlab.methods.binary_weights.adaste import BiasCorrectedMomentum
 from qlab.methods.catalog import CATALOG
+from qlab.methods.momentum import BiasCorrectedMomentum
 from qlab.quantizers import Quantizer, hard_sign, quantized_tensors
 from qlab.quantizers.declared import Declared
 
