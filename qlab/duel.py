@@ -4,7 +4,8 @@
     result.summary(), result.frame(), result.figure()
 
 Both methods get the same plain net. What they train may still differ before the first step: a method that draws latent weights of
-its own does so. Step t of both is taken on the same batch, then the deployed nets are compared:
+its own does so (from the same seed as the net, so that its signs are those of the net's own start). Step t of both is taken on the
+same batch, then the deployed nets are compared:
 
     differ     of each layer, the share of weights whose deployed sign is not the same, sign(0) = 0
     disagree   share of the test part on which the deployed nets decide differently

@@ -297,6 +297,8 @@ class _Saver(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         last = trainer.current_epoch + 1 == trainer.max_epochs or trainer.global_step == trainer.max_steps
+        if last and isinstance(pl_module, Method):
+            pl_module.deployed()  # so that its batch-norm statistics stand in the last checkpoint, also without a validation
         if (self.every_epoch or last) and not trainer.should_stop:
             self.save(trainer)
 

@@ -31,13 +31,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import qlab
-from qlab.experiments.base import Experiment, Plan, Scale
+from qlab.experiments.base import Experiment, Plan, Result, Scale
 from qlab.experiments.repair_cost import ACCELERATOR, TEXTBOOK, Cost, count, energy
 from qlab.experiments.training import CODE, FLIPS, prepared, trained
 from qlab.experiments.verdict import Difference, Every, Metric, Rule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["EXPERIMENT", "plan", "train"]
 
@@ -211,6 +214,12 @@ def plan(scale: Scale, data: str) -> Plan:
     return Plan(arms, seeds=size.seeds, parallel=size.parallel)
 
 
+def _picture(result: Result) -> Figure:
+    from qlab.plots.repair import repair_figure  # matplotlib loads only when a figure is wanted
+
+    return repair_figure(result)
+
+
 EXPERIMENT = Experiment(
     name="bnn_repair",
     title="Feature normalization and double residuals repair a binary net",
@@ -234,4 +243,5 @@ EXPERIMENT = Experiment(
     plan=plan,
     data=("digits", "fashion_mnist", "cifar10", "cifar100"),
     code=(*CODE, "qlab.experiments.repair_cost"),
+    drawing=_picture,
 )

@@ -17,10 +17,15 @@ the cross-entropy of the one logit z.
     circles     2 - 4 - 1, 12 weights, 4096 signs
 
 The second part of the claim is about the end of a run at a constant learning rate, as in the paper of ASkewSGD: there its signs
-stand still over the last epochs in every run, and those of BinaryConnect do not. What this is worth in loss is shown as it falls.
-On two moons, from 200 starts each, the mean gap was 0.010 for ASkewSGD and 0.030 for BinaryConnect at the constant rate of 1; with a
-rate that falls to zero BinaryConnect had 0.008 (arm "binary_connect, cosine") and ASkewSGD 0.010. The medians were the same, next
-to zero. So what is lost at a constant rate is lost to oscillation, and a falling rate mends it too.
+stand still over the last epochs in every run, and those of BinaryConnect mostly do not. What this is worth in loss is shown as
+it falls. The mean gaps of 200 starts each, in a loop of plain torch with the same settings, were
+
+                    rate 1, constant              rate falling to zero
+    two_moons       ASkewSGD 0.014, BC 0.027      ASkewSGD 0.012, BC 0.010 (from rate 0.1)
+    circles         ASkewSGD 0.008, BC 0.210      ASkewSGD 0.005, BC 0.040 (from rate 0.1)
+
+with a standard deviation of 0.09 for BC on two moons, too wide for a verdict on some twenty starts. There, a falling rate mends
+what oscillation costs; on circles it mends most of it.
 
 All other methods for binary weights are shown beside them, with the signs of a float net, and random ones.
 
@@ -56,11 +61,13 @@ if TYPE_CHECKING:
 __all__ = ["EXPERIMENT", "TinyNet", "all_losses", "all_signs", "plan", "sign_loss", "train"]
 
 GAP = Metric("optimum/gap", "gap to the optimum", digits=4)
-REST = Metric("optimum/movement", "spread of the loss, last 5 epochs", digits=4)
+REST = Metric("optimum/movement", "range of the loss, last 5 epochs", digits=4)
+MOVING = Metric("optimum/moving", "loss moves, last 5 epochs", "%", 100, digits=0)
 METRICS = (
     GAP,
     Metric("optimum/better", "better signs there are", "%", 100),
     Metric("optimum/reached", "optimum reached", "%", 100, digits=0),
+    MOVING,
     REST,
 )
 
@@ -204,8 +211,10 @@ def train(settings: Mapping[str, Any], seed: int) -> dict[str, float]:
         trained(method, data, settings["epochs"], seed, [course], test=False)
         net = method.net.cpu()
         tail = torch.tensor(course.course[-LAST:], dtype=torch.float64)
-        movement = {REST.name: float(tail.std(correction=0))}
-    gap = sign_loss(net, *_training_set(data)) - float(losses.min())
+        movement = {MOVING.name: float((tail != tail[0]).any()), REST.name: float(tail.max() - tail.min())}
+    gap = (
+        round(sign_loss(net, *_training_set(data)) - float(losses.min()), 12) + 0.0
+    )  # two ways of rounding, no minus zero
     return {
         GAP.name: gap,
         "optimum/better": float((losses < losses.min() + gap - REACHED).double().mean()),
@@ -268,12 +277,12 @@ EXPERIMENT = Experiment(
     title="The gap to the best signs there are",
     claim=(
         "no method for binary weights ends below the minimum over all signs of a tiny net; at a constant learning rate ASkewSGD "
-        "is at rest over the last epochs, and BinaryConnect is not"
+        "is at rest over the last five epochs in every run, and BinaryConnect in few"
     ),
     rule=Rule(
         (
             Every(GAP, (*binary_weight_methods(), FALLING, SIGNED, RANDOM), ">=", -1e-9),
-            Difference(REST, CONNECT, ASKEW),
+            Difference(MOVING, CONNECT, ASKEW, 0.2),
             Every(REST, (ASKEW,), "==", 0.0),
         )
     ),

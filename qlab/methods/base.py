@@ -62,6 +62,7 @@ class Method(pl.LightningModule):
 
     info: ClassVar[MethodInfo]
     _evaluated: nn.Module
+    optimizers_known: ClassVar[tuple[str, ...]] = ("adam", "sgd")
     calibration_batches: ClassVar[int] = 32
     """Training batches over which batch-norm statistics are re-estimated."""
 
@@ -109,7 +110,7 @@ class Method(pl.LightningModule):
             raise InputError(f"lr must be a number of at least 0, not {h.lr!r}")
         for name, known in (
             ("loss", LOSSES),
-            ("optimizer", ("adam", "sgd")),
+            ("optimizer", self.optimizers_known),
             ("lr_schedule", ("cosine", "exponential", "constant")),
         ):
             if name in h and h[name] not in known:

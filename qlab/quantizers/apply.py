@@ -109,7 +109,8 @@ def quantize(
             ReLU would be constant.
         keep: layers left in float, with the activations before them: "first", "last", or module names.
         biases: quantize the biases of quantized layers as their weights are (AdaSTE, mirror descent, BayesBiNN).
-        seed: of the generator from which quantizers that start from latents of their own draw them.
+        seed: of the generator from which quantizers that start from latents of their own draw them. It is torch's, as for the
+            net's own start: latents drawn with the seed that the net was built from have the signs of its first weights.
 
     Raises:
         InputError: for a net without such layers, one that is quantized already, or a factory that makes no quantizers.

@@ -41,6 +41,7 @@ from torch import Tensor
 
 from qlab.errors import InputError
 from qlab.quantizers.base import Quantizer, Rule
+from qlab.quantizers.filters import filter_dims
 from qlab.quantizers.sign import hard_sign
 
 __all__ = ["IMB", "TanhSign", "balanced", "entropy", "live_share", "power_of_two", "slope", "updatable_cap"]
@@ -53,20 +54,16 @@ SMALLEST_DEVIATION = 1e-8
 # ----------------------------------------------------------------------------------------------------------- forward: IMB
 
 
-def _filter_dims(w: Tensor) -> tuple[int, ...]:
-    return tuple(range(1, w.dim())) or (0,)
-
-
 def balanced(w: Tensor) -> Tensor:
     """Return z, every filter with zero mean and unit (n - 1) deviation."""
-    dims = _filter_dims(w)
+    dims = filter_dims(w)
     centred = w - w.mean(dims, keepdim=True)
     return centred / centred.std(dims, keepdim=True).clamp(min=SMALLEST_DEVIATION)
 
 
 def power_of_two(z: Tensor) -> Tensor:
     """Return s of each filter, broadcast against z; 1 for a filter of zeros."""
-    a = z.detach().abs().mean(_filter_dims(z), keepdim=True)
+    a = z.detach().abs().mean(filter_dims(z), keepdim=True)
     return torch.where(a > 0, torch.exp2(torch.log2(a).round()), torch.ones_like(a))
 
 

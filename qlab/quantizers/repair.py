@@ -40,26 +40,23 @@ from torch import Tensor
 
 from qlab.errors import InputError
 from qlab.quantizers.base import Quantizer, Rule
+from qlab.quantizers.filters import filter_dims, filter_scale
 from qlab.quantizers.information import SMALLEST_DEVIATION, balanced, power_of_two
 from qlab.quantizers.repair_surrogates import RepairSign
 from qlab.quantizers.sign import hard_sign
 
-__all__ = ["FeatureSign", "Norm", "RepairWeight", "Scaling", "Stage", "laplace_clamp", "mean_magnitude", "normalized"]
+__all__ = ["FeatureSign", "Norm", "RepairWeight", "Scaling", "Stage", "laplace_clamp", "normalized"]
 
 Norm = Literal["none", "center", "standardize", "l2", "scaled_ws"]
 Scaling = Literal["none", "alpha", "alpha_chain", "pow2"]
 Stage = Literal["one", "mix", "soft"]
 
 
-def _dims(theta: Tensor) -> tuple[int, ...]:
-    return tuple(range(1, theta.dim())) or (0,)
-
-
 def normalized(theta: Tensor, norm: Norm, gain: float = 1.0) -> Tensor:
     """Return u of each filter; see the module docstring."""
     if norm == "none":
         return theta
-    dims = _dims(theta)
+    dims = filter_dims(theta)
     if norm == "center":
         return theta - theta.mean(dims, keepdim=True)
     if norm == "standardize":
@@ -69,11 +66,6 @@ def normalized(theta: Tensor, norm: Norm, gain: float = 1.0) -> Tensor:
         return gain * theta / length.clamp(min=SMALLEST_DEVIATION)
     n = math.prod(theta.shape[d] for d in dims)
     return gain / math.sqrt(n) * balanced(theta)
-
-
-def mean_magnitude(u: Tensor) -> Tensor:
-    """Return a = mean |u| of each filter, (O, 1, ...); never below the smallest normal number, for it is a scale."""
-    return u.abs().mean(_dims(u), keepdim=True).clamp(min=torch.finfo(u.dtype).tiny)
 
 
 def laplace_clamp(u: Tensor, tau: Tensor | float) -> Tensor:
@@ -163,8 +155,8 @@ class RepairWeight(Quantizer):
         if self.scaling == "pow2":
             return power_of_two(u)
         if self.scaling == "alpha_chain":
-            return mean_magnitude(u)
-        return mean_magnitude(u.detach()) if self.scaling == "alpha" or self.binarizer == "magnitude_aware" else None
+            return filter_scale(u)
+        return filter_scale(u.detach()) if self.scaling == "alpha" or self.binarizer == "magnitude_aware" else None
 
     def forward(self, latent: Tensor) -> Tensor:
         """Return the weight of training: w, or what the stage puts in its place."""
@@ -184,7 +176,7 @@ class RepairWeight(Quantizer):
         if self.scaling == "none":
             return None
         u = self.prepared(latent)
-        return power_of_two(u) if self.scaling == "pow2" else mean_magnitude(u)
+        return power_of_two(u) if self.scaling == "pow2" else filter_scale(u)
 
     def level(self, latent: Tensor) -> Tensor:
         """Return sign(u)."""

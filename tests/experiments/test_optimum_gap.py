@@ -119,6 +119,8 @@ def test_a_run_reports_what_the_enumeration_says(arm: str) -> None:
     assert 0 <= result["optimum/better"] < 1
     assert (result["optimum/reached"] == 1.0) == (result["optimum/gap"] < 1e-3)
     assert ("optimum/movement" in result) == (arm != RANDOM)
+    if arm != RANDOM:
+        assert (result["optimum/moving"] == 1.0) == (result["optimum/movement"] > 0)
     assert result == train(short(arm), seed=1)
 
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 import qlab
 from qlab.errors import InputError
 from qlab.methods import create
-from qlab.methods.binary_weights.bwn import ScaledSign, filter_scale
+from qlab.methods.binary_weights.bwn import ScaledSign
 from qlab.quantizers import quantized_tensors
+from qlab.quantizers.filters import filter_scale
 from tests.methods.conftest import moons, small_net
 
 F64 = torch.float64

@@ -11,11 +11,16 @@ from torch import Tensor, nn
 import qlab
 from qlab.errors import InputError
 from qlab.methods import create
-from qlab.methods.low_bit.qnn_rnn import ActivationLevels, RowLevels, q_k
 from qlab.quantizers import hard_sign, layers, quantized_tensors
+from qlab.quantizers.kbit import KBit, q_k
 
 F64 = torch.float64
 BITS = (1, 2, 3, 4, 8)
+
+
+def row_levels(k: int) -> KBit:
+    """The quantizer of a matrix."""
+    return KBit(k, rows=True, window=math.inf)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -55,7 +60,7 @@ def test_level_is_that_of_the_formula_with_rounding(k: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 @pytest.mark.parametrize("k", BITS)
 def test_levels_lie_on_the_declared_grid_exactly_and_stay_there(k: int, dtype: torch.dtype) -> None:
-    levels = ActivationLevels(k).levels(dtype)
+    levels = KBit(k).levels(dtype)
     assert len(levels) == 2**k
     assert torch.equal(levels, -levels.flip(0))
     assert levels[-1] == 1
@@ -104,7 +109,7 @@ def test_product_of_levels_is_a_sum_of_products_of_bits() -> None:
 @pytest.mark.parametrize("k", BITS)
 def test_scale_of_a_row_is_its_largest_weight_or_for_one_bit_its_mean(k: int, shape: tuple[int, ...]) -> None:
     W = draw(*shape)
-    scale = RowLevels(k).scale(W)
+    scale = row_levels(k).scale(W)
     rows = W.abs().reshape(shape[0] if len(shape) > 1 else 1, -1)
     expected = rows.mean(1) if k == 1 else rows.max(1).values
     assert torch.equal(scale.flatten(), expected)
@@ -113,7 +118,7 @@ def test_scale_of_a_row_is_its_largest_weight_or_for_one_bit_its_mean(k: int, sh
 
 @pytest.mark.parametrize("k", BITS)
 def test_weights_are_scale_times_level(k: int) -> None:
-    quantizer, W = RowLevels(k), draw(6, 20)
+    quantizer, W = row_levels(k), draw(6, 20)
     assert torch.equal(quantizer.hard(W), quantizer.scale(W) * quantizer.level(W))
     assert torch.equal(quantizer(W), quantizer.hard(W))
     assert torch.isin(quantizer.level(W), quantizer.levels(F64)).all()
@@ -126,27 +131,27 @@ def test_weights_are_scale_times_level(k: int) -> None:
 def test_largest_weight_of_a_row_stays_what_it_is(k: int) -> None:
     W = draw(6, 20)
     place = W.abs().argmax(1, keepdim=True)
-    assert torch.equal(RowLevels(k).hard(W).gather(1, place), W.gather(1, place))
+    assert torch.equal(row_levels(k).hard(W).gather(1, place), W.gather(1, place))
 
 
 @pytest.mark.parametrize("k", BITS)
 def test_row_times_a_power_of_two_is_quantized_times_it(k: int) -> None:
     W, factor = draw(4, 20), torch.tensor([[1.0], [2.0], [0.25], [64.0]], dtype=F64)
-    assert torch.equal(RowLevels(k).hard(W * factor), RowLevels(k).hard(W) * factor)
+    assert torch.equal(row_levels(k).hard(W * factor), row_levels(k).hard(W) * factor)
 
 
 def test_one_bit_has_the_scale_of_least_squares() -> None:
     W = draw(6, 20)
     sign = hard_sign(W)
     best = (W * sign).sum(1, keepdim=True) / (sign * sign).sum(1, keepdim=True)
-    torch.testing.assert_close(RowLevels(1).hard(W), best * sign, atol=1e-15, rtol=0)
+    torch.testing.assert_close(row_levels(1).hard(W), best * sign, atol=1e-15, rtol=0)
 
 
 def test_row_of_zeros_is_finite_and_its_scale_positive() -> None:
     for k in BITS:
         W = torch.zeros(2, 5)
-        assert RowLevels(k).hard(W).isfinite().all()
-        assert (RowLevels(k).scale(W) > 0).all()
+        assert row_levels(k).hard(W).isfinite().all()
+        assert (row_levels(k).scale(W) > 0).all()
 
 
 # ---- gradients
@@ -156,8 +161,8 @@ def test_row_of_zeros_is_finite_and_its_scale_positive() -> None:
 def test_gradient_passes_weights_unchanged_and_activations_within_the_range(k: int) -> None:
     x = torch.cat([2 * draw(50), torch.tensor([1.0, -1.0, 0.0, 1.0 + 1e-12], dtype=F64)]).requires_grad_()
     g = draw(54, seed=1)
-    assert torch.equal(torch.autograd.grad(RowLevels(k)(x[None]), x, g[None])[0], g)
-    (a,) = torch.autograd.grad(ActivationLevels(k)(x), x, g)
+    assert torch.equal(torch.autograd.grad(row_levels(k)(x[None]), x, g[None])[0], g)
+    (a,) = torch.autograd.grad(KBit(k)(x), x, g)
     assert torch.equal(a, torch.where(x.abs() <= 1, g, 0.0))
 
 
@@ -194,10 +199,10 @@ def test_gradient_of_the_lstm_is_back_propagation_written_out() -> None:
 def test_every_matrix_and_both_inputs_of_every_product_are_quantized() -> None:
     method = lstm(weight_bits=2, activation_bits=3)
     assert [t.name for t in quantized_tensors(method.net)] == list(layers(method.net))
-    assert {m.bits for m in method.net.modules() if isinstance(m, RowLevels)} == {2}
-    assert [m.bits for m in method.net.modules() if isinstance(m, ActivationLevels)] == [3, 3]
+    assert {m.bits for m in method.net.modules() if isinstance(m, KBit) and m.rows} == {2}
+    assert [m.bits for m in method.net.modules() if isinstance(m, KBit) and not m.rows] == [3, 3]
     states = method.net.states(batch()[0])
-    assert torch.isin(states, ActivationLevels(3).levels(F64)).all()
+    assert torch.isin(states, KBit(3).levels(F64)).all()
 
 
 def test_sixteen_bits_are_close_to_float() -> None:
@@ -268,7 +273,7 @@ def test_works_on_convolutions() -> None:
     net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
     method = create("qnn_rnn", net, weight_bits=1, activation_bits=1)
     assert method.net(torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))).shape == (2, 3)
-    assert isinstance(method.net[1], ActivationLevels)
+    assert isinstance(method.net[1], KBit)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from qlab.errors import InputError, UnknownNameError
 from qlab.quantizers import hard_sign
+from qlab.quantizers.filters import filter_scale
 from qlab.quantizers.information import slope, updatable_cap
-from qlab.quantizers.repair import FeatureSign, RepairWeight, laplace_clamp, mean_magnitude, normalized
+from qlab.quantizers.repair import FeatureSign, RepairWeight, laplace_clamp, normalized
 from qlab.quantizers.repair_surrogates import ESTIMATORS, SCHEDULED, RepairSign, clipped_at
 
 # torch 2.13 warns about its own use of torch.jit.script on the first forward-mode derivative, even of torch.tanh.
@@ -228,7 +229,7 @@ def test_alpha_is_the_best_scale_of_the_signs() -> None:
 
 def test_alpha_is_a_constant_in_the_gradient_and_alpha_chain_is_not() -> None:
     theta, g = draws(3, 8, scale=0.3), draws(3, 8, seed=1)
-    a = mean_magnitude(theta)
+    a = filter_scale(theta)
 
     def gradient(scaling: str) -> Tensor:
         leaf = theta.clone().requires_grad_()
@@ -240,18 +241,18 @@ def test_alpha_is_a_constant_in_the_gradient_and_alpha_chain_is_not() -> None:
     torch.testing.assert_close(gradient("alpha_chain"), a * inside * g + s * (g * s).mean(1, keepdim=True))
 
 
-def test_pow2_scales_are_the_nearest_powers_of_two_of_the_mean_magnitude() -> None:
+def test_pow2_scales_are_the_nearest_powers_of_two_of_the_filter_scale() -> None:
     theta = draws(9, 30, scale=0.2)
     a = RepairWeight(scaling="pow2").scale(theta)
     assert a is not None
     exponents = torch.log2(a)
     assert torch.equal(exponents, exponents.round())
-    assert bool(((exponents - torch.log2(mean_magnitude(theta))).abs() <= 0.5).all())
+    assert bool(((exponents - torch.log2(filter_scale(theta))).abs() <= 0.5).all())
 
 
 def test_magnitude_aware_trains_with_the_magnitude_and_deploys_signs() -> None:
     q, theta, g = RepairWeight("magnitude_aware"), draws(3, 8), draws(3, 8, seed=1)
-    a = mean_magnitude(theta)
+    a = filter_scale(theta)
     assert torch.equal(q(theta), a * hard_sign(theta))
     assert torch.equal(q.hard(theta), hard_sign(theta))
     leaf = theta.clone().requires_grad_()
@@ -274,7 +275,7 @@ def test_magnitude_aware_under_adam_is_the_clip_and_under_sgd_a_step_scaled_by_a
         return theta.detach() - start
 
     torch.testing.assert_close(step("magnitude_aware", "adam"), step("clipped", "adam"), atol=1e-13, rtol=1e-10)
-    torch.testing.assert_close(step("magnitude_aware", "sgd"), mean_magnitude(start) * step("clipped", "sgd"))
+    torch.testing.assert_close(step("magnitude_aware", "sgd"), filter_scale(start) * step("clipped", "sgd"))
 
 
 def test_recu_clamps_at_the_laplace_quantile() -> None:

@@ -136,6 +136,7 @@ class BNNRepair(Method):
     """
 
     info = CATALOG["bnn_repair"]
+    optimizers_known = get_args(Optimizer)
 
     def __init__(
         self,
@@ -183,13 +184,7 @@ class BNNRepair(Method):
 
     def _check_hyperparameters(self) -> None:
         h = self.h
-        chosen = h.optimizer
-        if chosen in ("adamw", "bop"):  # the base class knows two optimizers; all else it checks
-            self.hparams["optimizer"] = "adam"
-        try:
-            super()._check_hyperparameters()
-        finally:
-            self.hparams["optimizer"] = chosen
+        super()._check_hyperparameters()
         for name, values in SWITCHES.items():
             if h[name] not in get_args(values):
                 raise InputError(f"{name} must be one of {', '.join(get_args(values))}, not {h[name]!r}")
@@ -215,7 +210,7 @@ class BNNRepair(Method):
         if h.regularizer in ("distribution", "entropy") and h.features == "float":
             raise InputError(f"regularizer={h.regularizer!r} is of binary features; features='float' has none")
         plain = h.weight_binarizer == "identity" or (h.weight_binarizer == "clipped" and h.weight_clip >= 1)
-        if chosen == "bop" and not (plain and h.weight_norm == "none" and h.stages == "one"):
+        if h.optimizer == "bop" and not (plain and h.weight_norm == "none" and h.stages == "one"):
             raise InputError(
                 "bop has no latent weights: it goes with weight_binarizer 'identity' or 'clipped' (weight_clip at least 1), "
                 "weight_norm='none' and stages='one'"

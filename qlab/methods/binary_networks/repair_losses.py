@@ -21,8 +21,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from qlab.quantizers.filters import filter_scale
 from qlab.quantizers.information import entropy
-from qlab.quantizers.repair import FeatureSign, mean_magnitude
+from qlab.quantizers.repair import FeatureSign
 
 __all__ = ["activation_loss", "bnnplus", "inputs_of_signs", "sign_entropy"]
 
@@ -31,7 +32,7 @@ ENTROPY_SHARPNESS = 5.0
 
 def bnnplus(u: Tensor, power: Literal[1, 2], alpha: float | None = 1.0) -> Tensor:
     """Return sum | alpha - |u| |^power; alpha None is the mean |u| of each filter, a constant in the gradient."""
-    target = mean_magnitude(u.detach()) if alpha is None else alpha
+    target = filter_scale(u.detach()) if alpha is None else alpha
     return (target - u.abs()).abs().pow(power).sum()
 
 

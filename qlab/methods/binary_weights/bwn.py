@@ -35,22 +35,11 @@ from qlab.methods.catalog import CATALOG
 from qlab.quantizers import Quantizer, hard_sign, quantized_tensors, surrogate
 from qlab.quantizers.base import PseudoDerivative, Rule
 from qlab.quantizers.declared import Declared
+from qlab.quantizers.filters import filter_scale
 
-__all__ = ["BWN", "Gradient", "ScaledSign", "filter_scale"]
+__all__ = ["BWN", "Gradient", "ScaledSign"]
 
 Gradient = Literal["larq", "detached", "paper", "full"]
-
-
-def _filter(theta: Tensor) -> tuple[int, ...]:
-    """Return the dimensions of one filter: all but the first; of a bias, its only one."""
-    return tuple(range(1, theta.dim())) or tuple(range(theta.dim()))
-
-
-def filter_scale(theta: Tensor) -> Tensor:
-    """Return a = mean |theta| of each filter, (O, 1, ...); never below the smallest normal number, for it is a scale."""
-    dims = _filter(theta)
-    a = theta.abs().mean(dims, keepdim=True) if dims else theta.abs()
-    return a.clamp(min=torch.finfo(theta.dtype).tiny)
 
 
 class ScaledSign(Quantizer):

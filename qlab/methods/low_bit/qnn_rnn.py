@@ -21,117 +21,20 @@ Shapes: W (O, K, ...), s (O, 1, ...); a any.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from qlab.errors import InputError
 from qlab.methods.base import Method
 from qlab.methods.catalog import CATALOG
-from qlab.quantizers import PseudoDerivative, Quantizer, quantized_tensors
-from qlab.quantizers.base import Rule
-from qlab.quantizers.declared import Declared
+from qlab.quantizers import Quantizer, quantized_tensors
+from qlab.quantizers.kbit import KBit
 
-__all__ = ["QNNRNN", "ActivationLevels", "RowLevels", "q_k"]
-
-
-def q_k(x: Tensor, k: int) -> Tensor:
-    """Return the nearest of the 2^k levels -1, ..., -1/n, 1/n, ..., 1, n = 2^k - 1; at a tie the one farther from zero.
-
-    Args:
-        x: any shape; beyond [-1, 1] it gets the outermost level.
-        k: bits, at least 1.
-    """
-    n = 2**k - 1
-    step = (x.abs() * (n / 2)).floor().clamp(max=(n - 1) // 2)
-    return torch.copysign((2 * step + 1) / n, x + 0.0)  # -0 + 0 is +0, so that zero goes up as in sign
-
-
-def _grid(k: int, dtype: torch.dtype) -> Tensor:
-    n = 2**k - 1
-    return torch.arange(-n, n + 1, 2, dtype=dtype) / n
-
-
-def _inside(x: Tensor) -> Tensor:
-    return (x.abs() <= 1).to(x.dtype)
-
-
-class ActivationLevels(Quantizer):
-    """Qa: q_k on [-1, 1], gradient 1 there and 0 beyond.
-
-    Args:
-        bits: k.
-    """
-
-    def __init__(self, bits: int) -> None:
-        super().__init__()
-        self.bits = bits
-        self._rule = partial(q_k, k=bits)
-
-    def forward(self, latent: Tensor) -> Tensor:
-        """Return q_k(clip(a, -1, 1))."""
-        return PseudoDerivative.apply(latent, self._rule, _inside)
-
-    def levels(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the 2^k levels."""
-        return _grid(self.bits, dtype)
-
-    def primitive(self) -> Rule:
-        """Return the clip to [-1, 1]."""
-        return lambda x: x.clamp(-1, 1)
-
-    def extra_repr(self) -> str:
-        """Name the bits."""
-        return f"bits={self.bits}"
-
-
-class RowLevels(Quantizer):
-    """Weights at s times 2^k levels, s of each row; the gradient passes unchanged.
-
-    Args:
-        bits: k.
-    """
-
-    elementwise = False
-
-    def __init__(self, bits: int) -> None:
-        super().__init__()
-        self.bits = bits
-
-    def scale(self, latent: Tensor) -> Tensor:
-        """Return s: max|W| of each row, mean|W| for one bit, (O, 1, ...), at least the smallest normal number."""
-        size = latent.abs()
-        rows = tuple(range(1, latent.dim())) or (0,)  # a bias is one row
-        s = size.mean(rows, keepdim=True) if self.bits == 1 else size.amax(rows, keepdim=True)
-        return s.clamp(min=torch.finfo(latent.dtype).tiny)
-
-    def level(self, latent: Tensor) -> Tensor:
-        """Return q_k(W / s)."""
-        return q_k(latent / self.scale(latent), self.bits)
-
-    def hard(self, latent: Tensor) -> Tensor:
-        """Return s q_k(W / s)."""
-        return self.scale(latent) * self.level(latent)
-
-    def forward(self, latent: Tensor) -> Tensor:
-        """Return s q_k(W / s)."""
-        W = latent.detach()
-        return Declared.apply(latent, self.hard(W), W.new_ones(()))
-
-    def levels(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the 2^k levels, without the scale."""
-        return _grid(self.bits, dtype)
-
-    def primitive(self) -> Rule:
-        """Return the identity."""
-        return lambda x: x
-
-    def extra_repr(self) -> str:
-        """Name the bits."""
-        return f"bits={self.bits}"
+__all__ = ["QNNRNN"]
 
 
 class QNNRNN(Method):
@@ -171,11 +74,11 @@ class QNNRNN(Method):
 
     def weight_quantizer(self) -> Quantizer | None:
         """Return the row-scaled levels of one matrix."""
-        return None if self.h.weight_bits is None else RowLevels(self.h.weight_bits)
+        return None if self.h.weight_bits is None else KBit(self.h.weight_bits, rows=True, window=math.inf)
 
     def activation_quantizer(self) -> Quantizer | None:
         """Return Qa."""
-        return None if self.h.activation_bits is None else ActivationLevels(self.h.activation_bits)
+        return None if self.h.activation_bits is None else KBit(self.h.activation_bits)
 
     def configure_gradient_clipping(
         self,
