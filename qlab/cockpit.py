@@ -285,7 +285,7 @@ class Telemetry(Result):
         if np.isfinite(v["distance"][-1]):
             parts.append(f"latent weights lie {v['distance'][-1]:.2g} from their levels")
         if np.isfinite(v["flips"][-1]):
-            parts.append(f"{100 * v['flips'][-20:].mean():.2g} % of the weights flip a step")
+            parts.append(f"{100 * np.nanmean(v['flips'][-20:]):.2g} % of the weights flip a step")
         if np.isfinite(self.accuracy):
             parts.append(f"the deployed net is right on {100 * self.accuracy:.1f} % of the test part")
         return f"{parts[0]}: {'; '.join(parts[1:])}."

@@ -105,6 +105,12 @@ class Duel(Result):
     plane: Plane | None = None
 
     @property
+    def names(self) -> tuple[str, str]:
+        """The two methods, told apart by (A) and (B) where they have one name."""
+        a, b = self.methods
+        return (a, b) if a != b else (f"{a} (A)", f"{b} (B)")
+
+    @property
     def apart(self) -> NDArray[np.float64]:
         """(E,) share of all weights with another deployed sign."""
         return (self.differ @ self.weights) / self.weights.sum()
@@ -150,7 +156,7 @@ class Duel(Result):
 
     def summary(self) -> str:
         """Say how far the nets are apart in weights and in decisions, and whether one is better."""
-        a, b = self.methods
+        a, b = self.names
         done = len(self.loss)
         said = (
             f"{a} against {b} on {self.data}, {done} of {self.total} steps on the same batches: of {self.weights.sum():,} deployed "

@@ -98,6 +98,7 @@ class Stepper:
         self._trainer = SimpleNamespace(
             datamodule=data,
             train_dataloader=self.loader,
+            num_training_batches=len(self.loader),
             estimated_stepping_batches=self.total,
             max_epochs=epochs,
             accumulate_grad_batches=1,
@@ -227,7 +228,7 @@ class Stepper:
         """Return the net as it would be shipped now, batch norm re-estimated on `batches` of training data."""
         statistics = self.method._statistics
         try:
-            return self.method.deployed(self.data.calibration(batches))
+            return self.method.hardened(self.data.calibration(batches))
         finally:
             self.method._statistics = statistics
 

@@ -126,3 +126,15 @@ def test_runs_are_drawn_over_one_another_before_and_after_training() -> None:
     assert len(run.telemetry().frame()) == 19
     with pytest.raises(InputError):
         telemetry_figure({})
+
+
+def test_a_run_of_a_few_steps_has_its_numbers_in_words_and_picture() -> None:
+    run = steer("ste", epochs=2)
+    told = run.advance(1)
+    flips = told.values["flips"][1]  # of the row before any step there are none
+    assert f"{100 * flips:.2g} % of the weights flip a step" in told.summary()
+    figure = told.figure()
+    assert not [text for axes in figure.axes for text in axes.texts]
+    assert "nothing trained yet" in [t.get_text() for t in steer("ste", epochs=2).telemetry().figure().axes[1].texts]
+    floats = steer("full_precision", epochs=2).advance(1).figure()
+    assert [t.get_text() for t in floats.axes[1].texts] == ["no quantized weights"]

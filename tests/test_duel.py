@@ -158,3 +158,9 @@ def test_what_cannot_fight_is_told() -> None:
         with pytest.raises(InputError):
             duel("ste", "adaste", **wrong)
     assert Stepper(made("ste"), moons(), 1).total == 9
+
+
+def test_two_runs_of_one_method_are_told_apart_in_words() -> None:
+    found = duel("ste", "ste", epochs=1, options_b={"lr": 0.5})
+    assert "ste (A) against ste (B)" in found.summary()
+    assert "only by ste (A)" in found.summary()

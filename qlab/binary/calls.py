@@ -85,8 +85,10 @@ def lower_call(writer: Writer, node: fx.Node, values: list[Value]) -> Value:
         return writer.plain(shape, "slice", values[:1], name, slices=_slices(name, node.args[1]))
     if target in (torch.cat, torch.concat):
         return writer.plain(shape, "cat", values, name, dim=int(_argument(node, 1, "dim", 0)))
+    inside = next(reversed(node.meta.get("nn_module_stack") or {}), "")
+    where = f"{name} in {inside}" if inside else name
     raise InputError(
-        f"{name} calls {getattr(target, '__name__', target)!r}, which the packed format does not know; use a module of "
+        f"{where} calls {getattr(target, '__name__', target)!r}, which the packed format does not know; use a module of "
         "torch.nn, addition, reshaping, padding, slicing or a mean"
     )
 

@@ -22,6 +22,10 @@ Arms that show what a setting is worth, outside of the claim:
 of the papers, with their schedules stretched over the run at hand; where the authors start from a trained float net, so does
 the arm there (`float_epochs`, on top of the others' epochs).
 
+Three settings of digits do worse than BinaryConnect on Fashion-MNIST in two epochs, and the cause is the same: their signs are
+settled before the weights have learned. `Setting.large` mends that; it was chosen on Fashion-MNIST with seed 0 (deployed
+accuracy before and after: bop 81.9 and 86.6 %, askewsgd 85.4 and 86.6 %, prox_quant 84.7 and 87.4 %).
+
 Conventions: every layer binary, the first and the last too; batch norm without scale and shift after every layer, the logits
 included. Papers that leave layers in float are not comparable in absolute numbers.
 """
@@ -71,6 +75,7 @@ class Setting:
         paper: those of the paper.
         paper_source: of `paper`.
         warm: whether the paper starts from a trained float net.
+        large: what `short` becomes on sets larger than digits, whose runs are a few epochs.
     """
 
     short: Mapping[str, Any]
@@ -78,6 +83,7 @@ class Setting:
     paper: Mapping[str, Any] = field(default_factory=dict)
     paper_source: str = "the method's defaults"
     warm: bool = False
+    large: Mapping[str, Any] = field(default_factory=dict)
 
 
 DIGITS = "calibrated on digits: 60 epochs, batch 64, Adam, cosine"
@@ -95,7 +101,11 @@ SETTINGS: dict[str, Setting] = {
     "bwn": Setting({"lr": 0.01}, DIGITS),
     "adaste": Setting({}, "the authors' code, with the derived rule", {"mode": "reference"}, "the authors' code"),
     "askewsgd": Setting(
-        {"lr": 0.2}, DIGITS, {"lr": 0.06, "lr_schedule": "constant", "halvings": [0.2, 0.4]}, "the authors' code"
+        {"lr": 0.2},
+        DIGITS,
+        {"lr": 0.06, "lr_schedule": "constant", "halvings": [0.2, 0.4]},
+        "the authors' code",
+        large={"eps_constant": 0.8},  # annealed from the middle on, weights near 0 are rounded before they have learned
     ),
     "binary_relax": Setting(
         {"lr": 0.01}, DIGITS, {"optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-4}, "the authors' code", warm=True
@@ -106,6 +116,7 @@ SETTINGS: dict[str, Setting] = {
         {"reg_rate": 1e-4, "schedule_epochs": 300, "lr": 0.01, "start": "net"},
         "the authors' code",
         warm=True,
+        large={"reg_rate": 0.002, "freeze": 0.9},  # pulled five times as hard, weights arrive before they have learned
     ),
     "pmf": Setting(
         {"lr": 0.01, "beta_rate": 1.1, "beta_updates": 60},
@@ -125,6 +136,7 @@ SETTINGS: dict[str, Setting] = {
         DIGITS,
         {"gamma": 1e-4, "tau": 1e-8, "gamma_stages": 5},
         "the authors' code, CIFAR-10; their batch is 50",
+        large={"tau": 1e-6},  # 1e-4 lies above most averaged gradients there: one weight in a thousand flips an epoch
     ),
     "group_transform": Setting({}, "the method's defaults"),
 }
@@ -246,7 +258,7 @@ def plan(scale: Scale, data: str) -> Plan:
     def of(name: str) -> dict[str, Any]:
         setting = SETTINGS.get(name, Setting({}, "the method's defaults"))
         if scale != "paper":
-            return arm(name, setting.short)
+            return arm(name, setting.short if data == "digits" else {**setting.short, **setting.large})
         return arm(name, setting.paper, float_epochs=size.epochs if setting.warm else 0)
 
     arms = {name: of(name) for name in binary_weight_methods()}

@@ -48,6 +48,7 @@ from qlab.errors import InputError
 from qlab.models.base import Net
 from qlab.models.repair_blocks import (
     Centre,
+    ChannelScale,
     Clip,
     Ensemble,
     FloatConv,
@@ -108,7 +109,7 @@ def count(net: Net, first_last_binary: bool = False) -> Cost:
     """Return the cost of one inference.
 
     Args:
-        net: a plain `repair20` or `repair18`; it is it is copied, and the copy run.
+        net: a plain `repair20` or `repair18`; it is copied, and the copy run.
         first_last_binary: the first and the last layer are binary too.
 
     Raises:
@@ -200,11 +201,18 @@ def _part(m: nn.Module, x: Tensor, y: Tensor, unit: Unit, kept: bool) -> dict[st
         return {}
     if isinstance(m, nn.PReLU):
         return {"multiplies": n}
+    if isinstance(m, ChannelScale):
+        return {"multiplies": n} if _alone(unit) else {}
     if isinstance(m, RPReLU):
         return {"multiplies": n, "adds": 2 * n}
     if isinstance(m, Rectifier | Clip):
         return {"comparisons": n if isinstance(m, Rectifier) else 2 * n}
     return {}
+
+
+def _alone(unit: Unit) -> bool:
+    """Return whether a factor of each channel has no batch norm and no gate behind it, which would take it up."""
+    return not isinstance(unit.bn, _BatchNorm) and unit.gate is None and unit.output_gate is None
 
 
 def _outputs(unit: Unit, x: Tensor, m: nn.Module) -> int:

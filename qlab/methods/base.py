@@ -287,7 +287,24 @@ class Method(pl.LightningModule):
 
         Returns:
             A plain net on the same device; it shares nothing with this one.
+
+        Raises:
+            InputError: for a method that draws weights or activations at random and took no step yet.
         """
+        if self.steps == 0 and self.stochastic:
+            raise InputError(
+                f"{self.info.name} draws at random in training, and no step was taken yet: it has no deployed net but the "
+                "draws it started from. Train it first, with qlab.fit, or load a trained checkpoint"
+            )
+        return self.hardened(calibration)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether weights or activations are drawn at random in training."""
+        return any(quantizer.stochastic for quantizer in quantizers(self.net))
+
+    def hardened(self, calibration: Sequence[Tensor] | None = None) -> nn.Module:
+        """Return what `deployed` returns, also before the first step: for evaluation and pictures of a run from its start."""
         net = harden(self.net)
         if not self.h.reestimate_bn or not any(
             isinstance(m, _BatchNorm) and m.track_running_stats for m in net.modules()
@@ -328,7 +345,7 @@ class Method(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Take the deployed net of this moment."""
-        self.__dict__["_evaluated"] = self.deployed()  # past nn.Module's registration: it is no part of the state
+        self.__dict__["_evaluated"] = self.hardened()  # past nn.Module's registration: it is no part of the state
 
     on_test_epoch_start = on_validation_epoch_start
 

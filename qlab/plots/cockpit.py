@@ -94,8 +94,9 @@ def telemetry_figure(runs: Mapping[str, Telemetry]) -> Figure:
 
 def _finish(axes: Axes) -> None:
     """Choose a scale, name the lines, and say where there are none."""
-    drawn = [np.asarray(line.get_ydata(), float) for line in axes.lines]
-    values = [v for v in drawn if len(v) > 2]
+    named = [line for line in axes.lines if not str(line.get_label()).startswith("_")]  # not where a run branched off
+    drawn = [np.asarray(line.get_ydata(), float) for line in named]
+    values = [v for v in drawn if len(v) > 1]
     finite = np.concatenate([v[np.isfinite(v)] for v in values]) if values else np.zeros(0)
     axes.spines[["top", "right"]].set_visible(False)
     if not len(finite):

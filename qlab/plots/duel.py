@@ -32,7 +32,7 @@ def duel_figure(result: Duel) -> Figure:
     figure = Figure(figsize=(9, 3.0 if flat else 5.2), dpi=80, layout="constrained")
     grid = figure.add_gridspec(1 if flat else 2, 3)
     loss, accuracy, differ = (figure.add_subplot(grid[0, k]) for k in range(3))
-    for k, (name, colour, dash) in enumerate(zip(_names(result), COLOURS, ("-", "--"), strict=False)):
+    for k, (name, colour, dash) in enumerate(zip(result.names, COLOURS, ("-", "--"), strict=False)):
         steps = np.arange(1, len(result.loss) + 1)
         loss.plot(steps, smoothed(result.loss[:, k]), color=colour, ls=dash, lw=1.5, label=name)
         accuracy.plot(result.at, 100 * result.accuracy[:, k], color=colour, ls=dash, lw=1.5, label=name)
@@ -54,14 +54,9 @@ def duel_figure(result: Duel) -> Figure:
         )
     if result.plane is not None:
         panels = [figure.add_subplot(grid[1, k]) for k in range(3)]
-        _planes(panels, result.plane, _names(result))
+        _planes(panels, result.plane, result.names)
     figure.set_label(result.summary())
     return figure
-
-
-def _names(result: Duel) -> tuple[str, str]:
-    a, b = result.methods
-    return (a, b) if a != b else (f"{a} (A)", f"{b} (B)")
 
 
 def _planes(panels: list[Axes], plane: Plane, names: tuple[str, str]) -> None:

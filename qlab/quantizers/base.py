@@ -66,10 +66,12 @@ class Quantizer(nn.Module, ABC):
         bits: bits of a deployed value; 32 is float.
         elementwise: whether each value is quantized by itself. False where a mean, a deviation or a scale of the whole tensor
             takes part: then there are no thresholds that hold for every value.
+        stochastic: whether training draws what `forward` returns at random, by the noise of `resample`.
     """
 
     bits: int = 32
     elementwise: bool = True
+    stochastic: bool = False
 
     @abstractmethod
     def forward(self, latent: Tensor) -> Tensor:

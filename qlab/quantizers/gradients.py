@@ -47,6 +47,9 @@ class _Backward(torch.autograd.Function):
 def quantized_outputs(net: nn.Module, rewrite: Rewrite) -> Iterator[None]:
     """Within it, the outputs of layers with quantized weights get `rewrite` of their gradients; leave it before `backward`.
 
+    Only layers that are called have an output to rewrite: a layer whose weight alone is used, as that of the loop of
+    `qlab.models.recurrent`, keeps its gradient.
+
     Args:
         net: a quantized net; layers left in float keep their gradients.
         rewrite: called once in the backward pass for each such layer.

@@ -36,7 +36,7 @@ from torch import Tensor
 from qlab.errors import InputError
 from qlab.quantizers.base import Quantizer, Rule
 
-__all__ = ["COEFFICIENTS", "LUQ", "NARROW_4", "SAWB", "Grid", "SAWBActivation", "sawb_clip"]
+__all__ = ["COEFFICIENTS", "LUQ", "NARROW_4", "SAWB", "Grid", "SAWBActivation", "has_coefficients", "sawb_clip"]
 
 Grid = Literal["half", "narrow", "wide"]
 
@@ -55,8 +55,13 @@ LUQ = (12.1, 12.2)
 """(c1, c2) in the code of LUQ, for the 17 levels of its 4-bit weights."""
 
 
+def has_coefficients(bits: object) -> bool:
+    """Return whether `bits` is a whole number that there are coefficients for."""
+    return type(bits) is int and bits in COEFFICIENTS
+
+
 def _coefficients(bits: int, grid: Grid) -> tuple[float, float]:
-    if isinstance(bits, bool) or bits not in COEFFICIENTS:
+    if not has_coefficients(bits):
         raise InputError(f"SAWB has coefficients for {', '.join(map(str, COEFFICIENTS))} bits, not for {bits!r}")
     if bits == 4 and grid != "half":
         return NARROW_4 if grid == "narrow" else LUQ

@@ -73,7 +73,7 @@ def test_every_method_of_the_catalog_compiles_to_the_bits_of_its_deployed_net(na
     options = {"activations": "sign", "keep": ["first", "last"]} if name == "ste" else {}
     method = qlab.methods.create(name, net, **options)
     x = images(4, *shape)
-    deployed = method.deployed([images(8, *shape, seed=5)])
+    deployed = method.hardened([images(8, *shape, seed=5)])  # untrained, which a method that draws does not deploy
     if name in FEW_BIT_ACTIVATIONS:
         with pytest.raises(InputError, match="the packed format knows sign and uniform"):
             qlab.binary.compile(deployed, x)
@@ -397,3 +397,19 @@ def test_backend_that_the_machine_lacks_says_what_there_is() -> None:
     packed = qlab.binary.compile(nn.Sequential(Signs(nn.Linear(4, 3))).eval(), images(2, 4))
     with pytest.raises(QlabError, match="cannot run here; there are torch, numpy, numba"):
         packed(images(2, 4), backend="cuda")
+
+
+@pytest.mark.parametrize(
+    ("options", "layer"),
+    [
+        ({"feature_norm": "std_sample"}, "stages.0.0.unit1.norm"),
+        ({"scaling": "input_map"}, "stages.0.0.unit1.input_scale"),
+    ],
+)
+def test_a_call_that_the_format_does_not_know_is_refused_with_the_name_of_its_layer(
+    options: dict[str, str], layer: str
+) -> None:
+    net = qlab.build("repair20", (3, 8, 8), 4, width=4, blocks=[1], seed=0, **options)
+    deployed = qlab.methods.create("bnn_repair", net, reestimate_bn=False).deployed()
+    with pytest.raises(InputError, match=rf"in {layer} calls"):
+        qlab.binary.compile(deployed, images(2, 3, 8, 8))

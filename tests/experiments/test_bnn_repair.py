@@ -7,8 +7,10 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from matplotlib.text import Text
 
 import qlab
 from qlab.errors import InputError
@@ -178,3 +180,31 @@ def test_figure_draws_every_arm_and_says_the_front_in_words(result: Result) -> N
     assert "deployed accuracy against energy of 5 arms" in str(figure.get_label())
     with pytest.raises(InputError, match="reports 'cost/price'"):
         repair_figure(result, cost="cost/price")
+
+
+def test_no_two_texts_of_a_figure_of_every_arm_overlap() -> None:
+    rows, arms = [], plan("laptop", "digits").arms
+    for k, (arm, settings) in enumerate(arms.items()):
+        net = qlab.build(settings["net"], (1, 8, 8), 10, **settings["net_options"])
+        energy = costs(net, settings["method"])["cost/energy"]
+        accuracy = 0.2 if arm == SHALLOW_RELU else 0.9 + 0.001 * k  # most arms on one spot
+        rows += [(arm, 0, "cost/energy", energy), (arm, 0, "test/acc", accuracy)]
+    frame = pd.DataFrame(rows, columns=["arm", "seed", "metric", "value"])
+    result = Result(
+        "bnn_repair", "", "", "", "holds", (), frame, EXPERIMENT.metrics, "laptop", "digits", (0,), "cpu", {}
+    )
+    figure = repair_figure(result)
+    figure.draw_without_rendering()
+    axis = figure.axes[0]
+    ticks = [t for t in axis.get_xticklabels(which="both") if t.get_text()]
+    for texts in (axis.texts, ticks):
+        boxes = [Text.get_window_extent(text) for text in texts if text.get_visible()]
+        assert len(boxes) > 1
+        assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+    frame_box = axis.get_window_extent()
+    assert all(frame_box.contains(*Text.get_window_extent(text).min) for text in axis.texts)
+
+
+def test_a_single_seed_is_drawn_without_a_deviation(result: Result) -> None:
+    one = replace(result, frame=result.frame[result.frame["seed"] == 0], seeds=(0,))
+    assert "of 5 arms" in str(repair_figure(one).get_label())

@@ -74,6 +74,15 @@ def test_activations_cost_only_where_a_sum_follows() -> None:
     assert extra(BASE, cost(activation="prelu")) == {"multiplies": OUTPUTS // 2}
 
 
+def test_a_factor_of_each_channel_folds_only_into_a_batch_norm_or_a_gate_behind_it() -> None:
+    late = cost(order="bn_conv", double_residual=True)
+    assert extra(late, cost(order="bn_conv", double_residual=True, scaling="learned")) == {"multiplies": OUTPUTS}
+    early = cost(order="bn_conv")  # the first unit of a block folds into the threshold of the second
+    assert extra(early, cost(order="bn_conv", scaling="learned")) == {"multiplies": OUTPUTS // 2}
+    gated = {"order": "bn_conv", "double_residual": True, "squeeze_excite": "gate"}
+    assert cost(**gated, scaling="learned") == cost(**gated)
+
+
 def test_gate() -> None:
     change = extra(DOUBLE, cost(double_residual=True, squeeze_excite="gate"))
     assert change == {"adds": INPUTS, "float_macs": 7264, "float_weights": 7264, "sigmoids": 672, "multiplies": OUTPUTS}

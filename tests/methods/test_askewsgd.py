@@ -218,6 +218,8 @@ def test_at_the_end_of_a_run_weights_are_nearly_signs() -> None:
         {"eps_rate": 0.0},
         {"eps_constant": 2.0},
         {"schedule_epochs": 0},
+        {"schedule_epochs": math.inf},
+        {"halvings": 0.5},
         {"halvings": (1.5,)},
     ],
 )

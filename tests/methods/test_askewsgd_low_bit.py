@@ -15,6 +15,7 @@ from qlab.methods.binary_weights.askewsgd import widest
 from qlab.methods.low_bit.askewsgd_low_bit import ASkewSGDLowBit, IntervalGrid
 from qlab.quantizers import quantized_tensors
 from qlab.quantizers.sawb import sawb_clip
+from qlab.stepping import Stepper
 from tests.methods.conftest import moons, small_net
 
 GRIDS = [(2, "narrow"), (2, "half"), (2, "wide"), (4, "narrow"), (4, "half"), (4, "wide")]
@@ -156,10 +157,21 @@ def test_at_the_end_of_a_run_weights_are_within_their_intervals(bits: int) -> No
     assert abs(run.metrics["test/acc"] - run.metrics["test/acc_latent"]) < 0.1
 
 
+def test_without_a_learning_rate_a_weight_between_two_levels_stays_there() -> None:
+    method = create("askewsgd_low_bit", small_net(), grid="half", keep=[], lr=0.0, freeze=0.0)
+    latents = [t.latent for t in quantized_tensors(method.net)]
+    for latent in latents:
+        latent.data.view(-1)[0] = 0.0  # the middle of two levels of "half", where the constraint has no slope
+    stepper = Stepper(method, moons(), epochs=1)
+    for _ in range(5):
+        assert math.isfinite(stepper.step())
+    assert all(float(latent.detach().view(-1)[0]) == 0 for latent in latents)
+
+
 @pytest.mark.parametrize(
     "options",
     [{"weight_bits": 1}, {"activation_bits": 9}, {"grid": "round"}, {"alpha": -1.0}, {"largest_step": 0.0},
-     {"eps_rate": 0.0}, {"freeze": 2.0}, {"schedule_epochs": 0}],
+     {"eps_rate": 0.0}, {"freeze": 2.0}, {"schedule_epochs": 0}, {"schedule_epochs": math.inf}, {"weight_bits": [4]}],
 )  # fmt: skip
 def test_impossible_values_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(InputError, match=next(iter(options))):

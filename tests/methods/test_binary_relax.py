@@ -97,7 +97,18 @@ def test_deployed_weights_have_one_scale_for_each_layer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("eta", -1.0), ("rate", 0.9), ("schedule_epochs", 0), ("phase2", 1.5), ("eta", math.nan)]
+    ("name", "value"),
+    [
+        ("eta", -1.0),
+        ("rate", 0.9),
+        ("schedule_epochs", 0),
+        ("phase2", 1.5),
+        ("eta", math.nan),
+        ("eta", 1e308),
+        ("rate", 1e6),
+        ("schedule_epochs", 10**6),
+        ("schedule_epochs", math.inf),
+    ],
 )
 def test_hyperparameters_out_of_range_are_refused(name: str, value: float) -> None:
     with pytest.raises(InputError, match=name):

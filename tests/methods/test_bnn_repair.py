@@ -487,6 +487,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(options: dict[str, Any], tmp_
         ({"temperature": 0.0}, "temperature"),
         ({"regularizer_weight": -1.0}, "regularizer_weight"),
         ({"beta_end": 1.0}, "beta_end"),
+        ({"beta_end": 1e300, "stages": "soft_sign"}, "beta_end"),
+        ({"teacher_weight": float("inf"), "teacher_loss": "rbd"}, "teacher_weight"),
+        ({"bnnplus_alpha": float("nan"), "regularizer": "bnnplus_l2"}, "bnnplus_alpha"),
         ({"bop_gamma": 0.0}, "bop_gamma"),
         ({"gain": 0.0, "weight_norm": "l2"}, "gain must be positive"),
         ({"optimizer": "lion"}, "optimizer must be one of"),
@@ -501,3 +504,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(options: dict[str, Any], tmp_
 def test_impossible_values_are_one_clear_error(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         made(**options)
+
+
+def test_decay_ends_at_the_very_step_at_which_weights_are_binary() -> None:
+    method = made(stages="two", stage_end=0.07, regularizer="wd", regularizer_weight=0.1)
+    method._run_length = 100
+    for step in (6, 7, 8):  # 0.07 * 100 is above 7 in floating point
+        method.steps = step
+        assert method._adds == (method.schedule(step / 100)["lam"] < 1)

@@ -65,6 +65,16 @@ def test_gradient_is_that_of_the_unrounded_map_with_the_maximum_held() -> None:
     assert torch.autograd.gradcheck(lambda t: torch.tanh(t) / most, smooth)  # the map whose derivative it is
 
 
+def test_a_tensor_of_zeros_gets_the_gradient_as_it_comes() -> None:
+    theta = torch.zeros(3, 4, requires_grad=True)
+    g = draw(3, 4).float()
+    w = DoReFaWeight(2)(theta)
+    (w * g).sum().backward()
+    assert torch.equal(w.detach(), torch.full((3, 4), 1 / 3))
+    assert theta.grad is not None
+    assert torch.equal(theta.grad, g)
+
+
 def test_one_bit_weights_are_signs_times_the_layers_mean_magnitude() -> None:
     theta, g = draw(6, 5, seed=5).requires_grad_(), draw(6, 5, seed=6)
     q = LayerSign()

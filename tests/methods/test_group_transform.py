@@ -214,7 +214,7 @@ def test_weight_decay_and_learning_rate_set_the_norm() -> None:
 @pytest.mark.parametrize(
     "options",
     [{"family": "cube"}, {"groups": "pairs"}, {"delta": 0.0}, {"p_end": 1.0}, {"depth": 0.0}, {"sharpness": 1.0},
-     {"anneal_share": 0.0}, {"scale": "two"}],
+     {"sharpness": 1e308}, {"anneal_share": 0.0}, {"scale": "two"}],
 )  # fmt: skip
 def test_impossible_values_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(InputError, match=next(iter(options))):

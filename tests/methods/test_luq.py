@@ -228,7 +228,9 @@ def test_first_and_last_layer_stay_in_float() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("weight_bits", 8), ("activation_bits", 1), ("octaves", 0), ("samples", 0), ("samples", 1.5), ("grid", "g")]
+    ("name", "value"),
+    [("weight_bits", 8), ("weight_bits", [4]), ("weight_bits", 4.0), ("activation_bits", 1), ("octaves", 0), ("samples", 0),
+     ("samples", 1.5), ("grid", "g")],
 )  # fmt: skip
 def test_hyperparameters_out_of_range_are_refused(name: str, value: object) -> None:
     with pytest.raises(InputError, match=name):

@@ -103,7 +103,7 @@ def test_schedule_multiplies_beta_at_equal_steps_up_to_its_cap() -> None:
     assert math.isfinite(float(torch.tensor(sharpness(1.0, 10.0, 1000), dtype=torch.float32)))
 
 
-@pytest.mark.parametrize(("name", "value"), [("beta_rate", 0.9), ("beta_updates", -1)])
+@pytest.mark.parametrize(("name", "value"), [("beta_rate", 0.9), ("beta_updates", -1), ("beta_updates", math.inf)])
 def test_hyperparameters_out_of_range_are_refused(name: str, value: float) -> None:
     with pytest.raises(InputError, match=name):
         create("pmf", small_net(), **{name: value})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -149,7 +150,15 @@ def test_weights_start_of_order_one_unless_told_otherwise() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("regularizer", "l3"), ("reg_rate", -1.0), ("schedule_epochs", 0), ("freeze", 0.0), ("start", "zero")],
+    [
+        ("regularizer", "l3"),
+        ("reg_rate", -1.0),
+        ("schedule_epochs", 0),
+        ("schedule_epochs", math.inf),
+        ("reg_rate", 1e308),
+        ("freeze", 0.0),
+        ("start", "zero"),
+    ],
 )
 def test_hyperparameters_out_of_range_are_refused(name: str, value: object) -> None:
     with pytest.raises(InputError, match=name):

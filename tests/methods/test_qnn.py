@@ -337,6 +337,18 @@ def test_what_is_out_of_range_is_said_in_one_error(options: dict[str, Any]) -> N
         create("qnn", small_net(), **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight_bits": None, "gradient_bits": 6}, "give weight_bits too"),
+        ({"optimizer": "shift_adamax", "weight_decay": 1e-4}, "weight_decay must be 0"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        create("qnn", small_net(), **options)
+
+
 def test_shift_norm_needs_batch_norm() -> None:
     with pytest.raises(InputError, match="no batch norm"):
         create("qnn", qlab.build("mlp", (2,), 2, norm=False), shift_norm=True)

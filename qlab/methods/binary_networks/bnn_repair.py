@@ -86,6 +86,7 @@ SWITCHES: dict[str, Any] = {
 """The switches that have names, with their values."""
 
 STAGE = {"one": "one", "two": "mix", "progressive": "mix", "soft_sign": "soft"}
+LARGEST_BETA = 1e35  # a number in float32 too
 STAGE_END = {"one": 1.0, "two": 0.5, "progressive": 0.8, "soft_sign": 0.8}
 
 
@@ -194,12 +195,17 @@ class BNNRepair(Method):
             ("latent_clip", math.isfinite(h.latent_clip) and h.latent_clip >= 0, "at least 0"),
             (
                 "teacher_weight",
-                h.teacher_weight >= 0 and (h.teacher_loss != "kd" or h.teacher_weight <= 1),
+                0 <= h.teacher_weight < math.inf and (h.teacher_loss != "kd" or h.teacher_weight <= 1),
                 "at least 0 (kd: at most 1)",
             ),
-            ("temperature", h.temperature > 0, "positive"),
+            ("temperature", 0 < h.temperature < math.inf, "a positive number"),
             ("regularizer_weight", math.isfinite(h.regularizer_weight) and h.regularizer_weight >= 0, "at least 0"),
-            ("beta_end", h.beta_end > 1, "above 1"),
+            (
+                "bnnplus_alpha",
+                h.bnnplus_alpha is None or 0 <= h.bnnplus_alpha < math.inf,
+                "a number of at least 0, or None",
+            ),
+            ("beta_end", 1 < h.beta_end <= LARGEST_BETA, f"a number above 1, at most {LARGEST_BETA:g}"),
             ("bop_gamma", 0 < h.bop_gamma <= 1, "in (0, 1]"),
             ("bop_tau", h.bop_tau >= 0, "at least 0"),
         ):
@@ -314,7 +320,7 @@ class BNNRepair(Method):
     def _adds(self) -> bool:
         """Whether a regularizer is added to the loss: decay is off in the second of two stages."""
         h = self.h
-        second = h.stages == "two" and self.steps >= self.stage_end * self._run_length
+        second = h.stages == "two" and self.steps / max(self._run_length, 1) >= self.stage_end  # as `schedule` has it
         return h.regularizer not in ("none", "label_smoothing") and not (h.regularizer == "wd" and second)
 
     def _task(self, logits: Tensor, y: Tensor) -> Tensor:

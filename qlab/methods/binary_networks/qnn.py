@@ -72,7 +72,8 @@ class QNN(Method):
         keep: layers left in float; none in the paper, whose nets have batch norm on the logits.
 
     Raises:
-        InputError: for a hyperparameter out of range, or `shift_norm` on a net without batch norm.
+        InputError: for a hyperparameter out of range or without effect beside another, or `shift_norm` on a net without batch
+            norm.
     """
 
     info = CATALOG["qnn"]
@@ -115,6 +116,10 @@ class QNN(Method):
         ):
             if not good:
                 raise InputError(f"{name} must be {expected}, not {value!r}")
+        if gradient_bits is not None and weight_bits is None:
+            raise InputError("gradients are quantized behind layers with quantized weights: give weight_bits too")
+        if optimizer == "shift_adamax" and kwargs.get("weight_decay"):
+            raise InputError("shift_adamax has no weight decay: weight_decay must be 0, or optimizer adam or sgd")
         super().__init__(
             net,
             optimizer=optimizer,  # type: ignore[arg-type]
@@ -211,9 +216,9 @@ class QNN(Method):
             for t in quantized_tensors(self.net):
                 t.latent.clamp_(-1, 1)
 
-    def deployed(self, calibration: Sequence[Tensor] | None = None) -> nn.Module:
+    def hardened(self, calibration: Sequence[Tensor] | None = None) -> nn.Module:
         """Return the net as it would be shipped: shift-based batch norms become ordinary ones with powers of two."""
-        return plain_norms(super().deployed(calibration))
+        return plain_norms(super().hardened(calibration))
 
 
 def _whole(value: object, least: int, most: int) -> bool:

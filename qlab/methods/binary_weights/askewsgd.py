@@ -188,9 +188,14 @@ class ASkewSGD(Method):
             ("M", M, 0 < M < math.inf, "a positive number"),
             ("eps_rate", eps_rate, 0 < eps_rate <= 1, "in (0, 1]"),
             ("eps_constant", eps_constant, 0 <= eps_constant <= 1, "a share of the run in [0, 1]"),
-            ("schedule_epochs", schedule_epochs, schedule_epochs >= 1, "at least 1"),
+            ("schedule_epochs", schedule_epochs, 1 <= schedule_epochs < math.inf, "a finite number of at least 1"),
             ("start", start, start in ("uniform", "net"), "'uniform' or 'net'"),
-            ("halvings", halvings, all(0 <= share <= 1 for share in halvings), "shares of the run in [0, 1]"),
+            (
+                "halvings",
+                halvings,
+                isinstance(halvings, Sequence) and all(0 <= share <= 1 for share in halvings),
+                "a list of shares of the run in [0, 1]",
+            ),
         ):
             if not good:
                 raise InputError(f"{name} must be {expected}, not {value!r}")

@@ -74,6 +74,7 @@ class Bernoulli(Quantizer):
     def __init__(self, tau: float = 1.0, samples: int = 1, start: float | None = 10.0) -> None:
         super().__init__()
         self.tau, self.samples, self.start = tau, samples, start
+        self.stochastic = samples > 0
         self.sample = 0  # which of the samples `forward` shows
         self.register_buffer("delta", torch.empty(0), persistent=False)
 

@@ -42,6 +42,8 @@ from qlab.quantizers.declared import Declared
 
 __all__ = ["BinaryRelax", "RelaxedSigns"]
 
+LARGEST_ETA = 1e300
+
 
 class RelaxedSigns(Quantizer):
     """w between theta and s sign(theta), gradient passed on unchanged; deployed s sign(theta).
@@ -121,11 +123,16 @@ class BinaryRelax(Method):
         for name, value, good, expected in (
             ("eta", eta, 0 <= eta < math.inf, "a number of at least 0"),
             ("rate", rate, 1 <= rate < math.inf, "a number of at least 1"),
-            ("schedule_epochs", schedule_epochs, schedule_epochs >= 1, "at least 1"),
+            ("schedule_epochs", schedule_epochs, 1 <= schedule_epochs < math.inf, "a finite number of at least 1"),
             ("phase2", phase2, 0 <= phase2 <= 1, "a share of the run in [0, 1]"),
         ):
             if not good:
                 raise InputError(f"{name} must be {expected}, not {value!r}")
+        if eta > 0 and not math.log(eta) + schedule_epochs * math.log(rate) < math.log(LARGEST_ETA):
+            raise InputError(
+                f"with eta={eta!r}, rate={rate!r} and schedule_epochs={schedule_epochs!r} eta rate^schedule_epochs is above "
+                f"{LARGEST_ETA:g}; lower one of them"
+            )
         super().__init__(net, **kwargs)
 
     def weight_quantizer(self) -> Quantizer:

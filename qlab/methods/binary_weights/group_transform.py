@@ -53,6 +53,8 @@ Family = Literal["power", "poly", "soft", "tanh_group", "tanh_el"]
 Groups = Literal["channel", "layer", "kernel"]
 Scale = Literal["one", "he", "initial"]
 
+LARGEST_BETA = 1e35  # its square is a number, and so is it in float32
+
 
 def grouped(theta: Tensor, groups: Groups) -> Tensor:
     """Return theta as (G, n): the rows are the groups."""
@@ -238,7 +240,7 @@ class GroupTransformation(Method):
             ("delta", delta, 0 < delta < 1, "a number in (0, 1)"),
             ("p_end", p_end, 0 <= p_end < 1, "a number in [0, 1)"),
             ("depth", depth, 0 < depth <= 64, "a number in (0, 64]"),
-            ("sharpness", sharpness, 1 < sharpness < float("inf"), "a number above 1"),
+            ("sharpness", sharpness, 1 < sharpness <= LARGEST_BETA, f"a number above 1, at most {LARGEST_BETA:g}"),
             ("anneal_share", anneal_share, 0 < anneal_share <= 1, "a share of the run in (0, 1]"),
         ):
             if not good:

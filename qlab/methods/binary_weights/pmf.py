@@ -108,8 +108,8 @@ class PMF(Method):
     ) -> None:
         if not 1 <= beta_rate < math.inf:
             raise InputError(f"beta_rate must be a number of at least 1, not {beta_rate!r}")
-        if beta_updates < 0:
-            raise InputError(f"beta_updates must be at least 0, not {beta_updates!r}")
+        if not 0 <= beta_updates < math.inf:
+            raise InputError(f"beta_updates must be a finite number of at least 0, not {beta_updates!r}")
         super().__init__(net, **kwargs)
 
     def weight_quantizer(self) -> Quantizer:

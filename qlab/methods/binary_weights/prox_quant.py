@@ -124,12 +124,17 @@ class ProxQuant(Method):
         for name, value, good, expected in (
             ("regularizer", regularizer, regularizer in REGULARIZERS, "'l1' or 'squared'"),
             ("reg_rate", reg_rate, 0 <= reg_rate < math.inf, "a number of at least 0"),
-            ("schedule_epochs", schedule_epochs, schedule_epochs >= 1, "at least 1"),
+            ("schedule_epochs", schedule_epochs, 1 <= schedule_epochs < math.inf, "a finite number of at least 1"),
             ("freeze", freeze, 0 < freeze <= 1, "a share of the run in (0, 1]"),
             ("start", start, start in ("uniform", "net"), "'uniform' or 'net'"),
         ):
             if not good:
                 raise InputError(f"{name} must be {expected}, not {value!r}")
+        if not reg_rate * schedule_epochs < math.inf:
+            raise InputError(
+                f"with reg_rate={reg_rate!r} and schedule_epochs={schedule_epochs!r} lambda overflows at the end of the run; "
+                "lower one of them"
+            )
         super().__init__(net, lr=lr, lr_schedule=lr_schedule, **kwargs)
 
     def weight_quantizer(self) -> Quantizer:

@@ -40,7 +40,7 @@ from qlab.methods.binary_weights.askewsgd import direction, widest
 from qlab.methods.catalog import CATALOG
 from qlab.quantizers import Quantizer, quantized_tensors
 from qlab.quantizers.base import Rule
-from qlab.quantizers.sawb import COEFFICIENTS, SAWB, Grid, SAWBActivation, sawb_clip
+from qlab.quantizers.sawb import COEFFICIENTS, SAWB, Grid, SAWBActivation, has_coefficients, sawb_clip
 
 __all__ = ["ASkewSGDLowBit", "IntervalGrid"]
 
@@ -151,14 +151,14 @@ class ASkewSGDLowBit(Method):
     ) -> None:
         known = f"one of {', '.join(map(str, COEFFICIENTS))}"
         for name, value, good, expected in (
-            ("weight_bits", weight_bits, weight_bits in COEFFICIENTS, known),
-            ("activation_bits", activation_bits, activation_bits is None or activation_bits in COEFFICIENTS, known),
+            ("weight_bits", weight_bits, has_coefficients(weight_bits), known),
+            ("activation_bits", activation_bits, activation_bits is None or has_coefficients(activation_bits), known),
             ("grid", grid, grid in ("narrow", "half", "wide"), "'narrow', 'half' or 'wide'"),
             ("alpha", alpha, 0 <= alpha < math.inf, "a number of at least 0"),
             ("largest_step", largest_step, 0 < largest_step < math.inf, "a positive number"),
             ("eps_rate", eps_rate, 0 < eps_rate <= 1, "in (0, 1]"),
             ("freeze", freeze, 0 <= freeze <= 1, "a share of the run in [0, 1]"),
-            ("schedule_epochs", schedule_epochs, schedule_epochs >= 1, "at least 1"),
+            ("schedule_epochs", schedule_epochs, 1 <= schedule_epochs < math.inf, "a finite number of at least 1"),
         ):
             if not good:
                 raise InputError(f"{name} must be {expected}, not {value!r}")
@@ -187,7 +187,7 @@ class ASkewSGDLowBit(Method):
             if t.latent.grad is not None:
                 assert isinstance(t.quantizer, IntervalGrid)
                 lr = rate[id(t.latent)]
-                M = self.h.largest_step * t.quantizer.gap / lr if lr > 0 else math.inf
+                M = self.h.largest_step * t.quantizer.gap / lr if lr > 0 else 0.0  # nothing moves; no infinity for Adam
                 t.latent.grad = -t.quantizer.velocity(t.latent.grad, t.latent.detach(), self.h.alpha, M)
 
     def post_step(self) -> None:

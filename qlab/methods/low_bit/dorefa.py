@@ -62,6 +62,12 @@ def quantize_gradient(g: Tensor, k: int, u: Tensor) -> Tensor:
     return 2 * m * ((n * r + u).floor().clamp(max=n) / n - 0.5)
 
 
+def _most(t: Tensor) -> Tensor:
+    """Return max|t|, at least the smallest normal number; 1 for zeros, so that the gradient is finite and can move them."""
+    most = t.abs().max()
+    return torch.where(most > 0, most.clamp(min=torch.finfo(t.dtype).tiny), torch.ones_like(most))
+
+
 class DoReFaWeight(Quantizer):
     """Weights at 2^k levels in [-1, 1], k > 1.
 
@@ -79,15 +85,13 @@ class DoReFaWeight(Quantizer):
         """Return (2j - n) / n with j = round(n r)."""
         n = 2**self.bits - 1
         t = torch.tanh(latent)
-        most = t.abs().max().clamp(min=torch.finfo(t.dtype).tiny)
-        return (2 * (n * (t / (2 * most) + 0.5)).round() - n) / n
+        return (2 * (n * (t / (2 * _most(t)) + 0.5)).round() - n) / n
 
     def forward(self, latent: Tensor) -> Tensor:
         """Return w."""
         theta = latent.detach()
         t = torch.tanh(theta)
-        most = t.abs().max().clamp(min=torch.finfo(t.dtype).tiny)
-        return Declared.apply(latent, self.level(theta), (1 - t**2) / most)
+        return Declared.apply(latent, self.level(theta), (1 - t**2) / _most(t))
 
     def hard(self, latent: Tensor) -> Tensor:
         """Return w."""

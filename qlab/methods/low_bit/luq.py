@@ -40,7 +40,7 @@ from qlab.methods.base import Method
 from qlab.methods.catalog import CATALOG
 from qlab.quantizers import Quantizer
 from qlab.quantizers.gradients import quantized_outputs, unit_noise
-from qlab.quantizers.sawb import COEFFICIENTS, SAWB, Grid, SAWBActivation
+from qlab.quantizers.sawb import COEFFICIENTS, SAWB, Grid, SAWBActivation, has_coefficients
 
 __all__ = ["LUQ", "log_quantize", "log_variance"]
 
@@ -109,8 +109,8 @@ class LUQ(Method):
     ) -> None:
         known = f"one of {', '.join(map(str, COEFFICIENTS))}"
         for name, value, good, expected in (
-            ("weight_bits", weight_bits, weight_bits in COEFFICIENTS, known),
-            ("activation_bits", activation_bits, activation_bits is None or activation_bits in COEFFICIENTS, known),
+            ("weight_bits", weight_bits, has_coefficients(weight_bits), known),
+            ("activation_bits", activation_bits, activation_bits is None or has_coefficients(activation_bits), known),
             ("octaves", octaves, octaves is None or (type(octaves) is int and 1 <= octaves <= 60), "from 1 to 60"),
             ("samples", samples, type(samples) is int and samples >= 1, "a whole number of at least 1"),
         ):
