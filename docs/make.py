@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 METHODS = """\
 # Methods and papers
 
-Generated from the catalog (`qlab/methods/shelf/`) by `python docs/make.py tables`. `qlab describe NAME` shows a method's options with
-types and defaults; the module docstring of its file holds equations, source and deviations.
+Generated from the catalog (`qlab/methods/shelf/`) by `python docs/make.py tables`. `qlab describe NAME` shows a method's options
+with types and defaults; the module docstring of its file holds equations, source and deviations.
 
 ## Methods
 
