@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from qlab.diagnose.exam import ALMOST_ALL, Exam, Finding, LayerRecord, constant, rms, units
+from qlab.quantizers import Quantizer
 
 __all__ = [
     "constant_logits",
@@ -28,10 +29,11 @@ EXPLODED = 1e5  # rms of an output over that of the net's input
 
 
 def nan_weights(exam: Exam) -> Iterator[Finding]:
-    """NaN or infinite parameters and buffers."""
-    tensors = [*exam.net.named_parameters(), *exam.net.named_buffers()]
-    for name, value in tensors:
-        bad = int((~value.isfinite()).sum()) if value.is_floating_point() else 0
+    """NaN or infinite parameters and buffers; a quantizer's own quantity may be infinite: a cap that caps nothing."""
+    quantities = {id(b) for m in exam.net.modules() if isinstance(m, Quantizer) for b in m.buffers(recurse=False)}
+    for name, value in [*exam.net.named_parameters(), *exam.net.named_buffers()]:
+        wrong = value.isnan() if id(value) in quantities else ~value.isfinite()
+        bad = int(wrong.sum()) if value.is_floating_point() else 0
         if bad:
             yield Finding(
                 "NaN weights",
