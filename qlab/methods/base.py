@@ -57,7 +57,7 @@ class Method(pl.LightningModule):
         seed: of the noise inside the method and of latents it draws.
 
     Raises:
-        InputError: for a hyperparameter out of range.
+        InputError: for a hyperparameter out of range; for a net of which nothing is quantized, though the method quantizes.
     """
 
     info: ClassVar[MethodInfo]
@@ -93,7 +93,13 @@ class Method(pl.LightningModule):
         self.hparams["keep"] = list(keep)
         self.save_hyperparameters({"net": getattr(plain, "spec", None)})
         self._check_hyperparameters()
-        self.net = quantize(plain, self._factory("weight"), self._factory("activation"), keep, biases, seed)
+        weights, activations = self._factory("weight"), self._factory("activation")
+        self.net = quantize(plain, weights, activations, keep, biases, seed)
+        if (weights or activations) and next(quantizers(self.net), None) is None:
+            raise InputError(
+                f"{self.info.name} has nothing to quantize: keep={list(keep)!r} leaves every layer of {type(plain).__name__} "
+                "in float. Keep fewer layers, use a net with more of them, or train 'full_precision'"
+            )
         self.steps = 0
         self._run_length = 1
         self._statistics: dict[str, Any] = {}

@@ -139,7 +139,8 @@ def features(net: nn.Module, places: Iterable[str]) -> Iterator[dict[str, Tensor
     found: dict[str, Tensor] = {}
 
     def keep(place: str) -> Callable[[nn.Module, object, Tensor], None]:
-        return lambda module, inputs, output: found.__setitem__(place, output)
+        # A copy: a nonlinearity behind the place may work in place and would change what was collected.
+        return lambda module, inputs, output: found.__setitem__(place, output.clone())
 
     handles = []
     try:

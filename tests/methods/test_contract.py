@@ -277,7 +277,8 @@ def test_checkpoint_loads_without_running_code_and_deploys_the_same_net(name: st
 
 def test_foreign_net_is_given_back_at_loading(name: str, tmp_path: Path) -> None:
     def net() -> nn.Module:
-        return nn.Sequential(nn.Linear(2, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+        first = [nn.Linear(2, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU()]
+        return nn.Sequential(*first, nn.Linear(8, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
 
     torch.manual_seed(0)
     run = train(name, method=create(name, net()), epochs=1)
@@ -315,3 +316,10 @@ def test_nan_in_the_data_is_said_in_one_error(name: str) -> None:
 def test_wrong_input_shape_is_said_in_one_error(name: str) -> None:
     with pytest.raises(InputError, match="expected"):
         create(name, small_net())(torch.randn(4, 3))
+
+
+def test_a_net_that_is_kept_in_float_whole_is_refused(name: str) -> None:
+    if CATALOG[name].weight_bits == 32:
+        return  # it quantizes nothing, whatever the net
+    with pytest.raises(InputError, match=f"{name} has nothing to quantize.*leaves every layer"):
+        create(name, torch.nn.Linear(2, 2), keep=("first",))

@@ -221,3 +221,12 @@ def test_losses_refuse_what_does_not_go_together() -> None:
         attention(draw(3, 2), draw(3, 2))
     with pytest.raises(InputError, match="norm"):
         attention(draw(3, 2, 2), draw(3, 2, 2), "l1")  # type: ignore[arg-type]
+
+
+def test_a_representation_is_not_changed_by_a_nonlinearity_that_works_in_place() -> None:
+    def net(inplace: bool) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.ReLU(inplace), nn.Linear(8, 2)).double()
+
+    x = torch.randn(16, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(Teacher(net(True))(x, ["1"])[1]["1"], Teacher(net(False))(x, ["1"])[1]["1"])
