@@ -55,10 +55,12 @@ SMALLEST_DEVIATION = 1e-8
 
 
 def balanced(w: Tensor) -> Tensor:
-    """Return z, every filter with zero mean and unit (n - 1) deviation."""
+    """Return z, every filter with zero mean and unit (n - 1) deviation; zero, with a gradient of zero, for a constant filter."""
     dims = filter_dims(w)
     centred = w - w.mean(dims, keepdim=True)
-    return centred / centred.std(dims, keepdim=True).clamp(min=SMALLEST_DEVIATION)
+    deviation = centred.std(dims, keepdim=True)
+    varies = deviation > SMALLEST_DEVIATION
+    return torch.where(varies, centred / torch.where(varies, deviation, 1.0), torch.zeros_like(w))
 
 
 def power_of_two(z: Tensor) -> Tensor:

@@ -315,3 +315,12 @@ def test_batch_of_activations_sets_its_own_cap() -> None:
     assert torch.allclose(g, slope(a.detach(), t))
     assert float(q.cap) == math.inf
     assert q.primitive() is None
+
+
+def test_a_constant_filter_is_zero_and_has_no_gradient() -> None:
+    w = torch.stack([torch.zeros(9), torch.full((9,), 0.7), torch.linspace(-1, 1, 9)]).double().requires_grad_()
+    z = balanced(w)
+    (g,) = torch.autograd.grad((z * torch.linspace(0, 1, 9).double() ** 2).sum(), w)
+    assert (z[:2] == 0).all()
+    assert (g[:2] == 0).all()
+    assert g[2].abs().max() > 0
