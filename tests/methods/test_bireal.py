@@ -106,3 +106,11 @@ def test_signs_without_a_batch_norm_are_refused() -> None:
 def test_what_there_is_none_of_is_refused(name: str, value: str) -> None:
     with pytest.raises(InputError, match=name):
         create("bireal_net", small_net(), **{name: value})
+
+
+def test_without_reestimation_the_scale_stays_and_the_deployed_net_is_the_trained_one() -> None:
+    method = qlab.methods.create("bireal_net", small_net(), reestimate_bn=False)
+    qlab.fit(method, moons(), epochs=1, progress=False, test=False)
+    x = moons().calibration(1)[0]
+    with torch.no_grad():
+        torch.testing.assert_close(method.deployed()(x), method.eval()(x))

@@ -57,8 +57,8 @@ class BiRealNet(Method):
     Args:
         net: a plain net or the spec of one.
         gradient: "detached" or "larq".
-        deploy: "signs", as in the paper: each binary layer needs a batch norm directly behind it, which takes up the scale;
-            "scaled" keeps the scale of each filter.
+        deploy: "signs", as in the paper: each binary layer needs a batch norm directly behind it, which takes up the scale when its
+            statistics are re-estimated; "scaled" keeps the scale of each filter, as does `reestimate_bn=False`.
         clamp: clip latent weights to [-1, 1] after every step: beyond it the slope is zero.
         keep: layers left in float; the paper's first and last.
 
@@ -93,7 +93,10 @@ class BiRealNet(Method):
 
     def weight_quantizer(self) -> Quantizer:
         """Return the magnitude-aware sign of one weight."""
-        return (MagnitudeAware if self.h.deploy == "signs" else ScaledSign)(self.h.gradient)
+        signs = (
+            self.h.deploy == "signs" and self.h.reestimate_bn
+        )  # statistics of training are those of the scaled weights
+        return (MagnitudeAware if signs else ScaledSign)(self.h.gradient)
 
     def activation_quantizer(self) -> Quantizer:
         """Return the sign with the polynomial slope."""
