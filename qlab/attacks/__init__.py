@@ -1,0 +1,1 @@
+"""Attacks: honest robustness of quantized nets."""
