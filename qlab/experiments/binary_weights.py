@@ -214,6 +214,8 @@ class Size:
         batch_size: of every arm.
         seeds: how many by default.
         parallel: runs side by side.
+        data_options: besides the batch size and the share set aside.
+        shown: whether the arms of `SHOWN` run too.
     """
 
     net: str
@@ -222,6 +224,8 @@ class Size:
     batch_size: int = 128
     seeds: int = 3
     parallel: bool = True
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    shown: bool = True
 
 
 MLP: dict[str, Any] = {"hidden": [64, 32]}
@@ -236,6 +240,9 @@ SIZES: dict[tuple[str, Scale], Size] = {
     ("cifar10", "laptop"): Size("lenet", 3),
     ("cifar10", "workstation"): Size("resnet20", 20, parallel=False),
     ("cifar10", "paper"): Size("resnet18", 300, seeds=5, parallel=False),
+    ("image_folder", "laptop"): Size("resnet20", 2, parallel=False, data_options={"size": 32}, shown=False),
+    ("image_folder", "workstation"): Size("resnet20", 20, parallel=False, data_options={"size": 32}),
+    ("image_folder", "paper"): Size("resnet18", 300, seeds=5, parallel=False, data_options={"size": 64}),
 }
 
 
@@ -244,7 +251,7 @@ def plan(scale: Scale, data: str) -> Plan:
     size = SIZES[data, scale]
     common = {
         "data": data,
-        "data_options": {"batch_size": size.batch_size, "val_fraction": 0.1},
+        "data_options": {"batch_size": size.batch_size, "val_fraction": 0.1, **size.data_options},
         "net": size.net,
         "net_options": {**size.net_options, "affine": False, "final_norm": True},
         "epochs": size.epochs,
@@ -265,7 +272,7 @@ def plan(scale: Scale, data: str) -> Plan:
     arms[FLOAT] = arm(FLOAT, {})
     arms[SIGNED] = arm(FLOAT, {}, sign=True)
     arms[LINEAR] = arm(FLOAT, {}, net="mlp", net_options={"hidden": [], "affine": True, "final_norm": False})
-    for label, (name, options) in SHOWN.items():
+    for label, (name, options) in SHOWN.items() if size.shown else ():
         arms[label] = arm(name, {**SETTINGS[name].short, **options})
     return Plan(arms, seeds=size.seeds, parallel=size.parallel)
 
@@ -312,6 +319,6 @@ EXPERIMENT = Experiment(
     metrics=METRICS,
     function=train,
     plan=plan,
-    data=("digits", "fashion_mnist", "cifar10"),
+    data=("digits", "fashion_mnist", "cifar10", "image_folder"),
     code=CODE,
 )
