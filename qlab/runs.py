@@ -19,7 +19,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
@@ -39,6 +39,7 @@ from qlab.callbacks import FlipRatio
 from qlab.errors import InputError
 from qlab.methods import checkpoints
 from qlab.methods.base import Method
+from qlab.methods.robust import RobustTraining
 from qlab.provenance import versions
 
 __all__ = ["Run", "fit", "quiet", "versions"]
@@ -157,6 +158,7 @@ def fit(
     epochs: int = 20,
     net: nn.Module | str | None = None,
     seed: int = 0,
+    robust: RobustTraining | str | Mapping[str, Any] | None = None,
     root: str | PathLike[str] | None = None,
     callbacks: Sequence[pl.Callback] = (),
     progress: bool = True,
@@ -174,6 +176,8 @@ def fit(
         epochs: passes over the training data, those before a resume included.
         net: with a method's name: a plain net or the name of a model; None is the data set's own.
         seed: of the net's start, the order of the data (where it is given by name) and the method's noise.
+        robust: train for robustness: the name of one of `qlab.methods.robust.ROBUST`, or one with settings of its own, such as
+            `qlab.methods.robust.TRADES(eps=0.1)`. None: as the method is set, or the checkpoint that is resumed.
         root: folder that gets checkpoint.ckpt (after every epoch), history.csv and run.json. None: nothing but a
             temporary checkpoint that lives as long as the Run.
         callbacks: further Lightning callbacks; `FlipRatio` is always there.
@@ -196,6 +200,8 @@ def fit(
     if isinstance(data, str):
         data = data_room.load(data, seed=seed)
     method = _method(method, data, net, seed)
+    if robust is not None:
+        method.robust = robust
     folder = Path(tempfile.mkdtemp(prefix="qlab-run-") if root is None else root)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint.ckpt"

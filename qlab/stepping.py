@@ -1,6 +1,6 @@
 """A training taken apart: one step at a time, with the bits of `qlab.fit`, and moments that can be kept and gone back to.
 
-    step:   schedule and noise (`begin_step`) -> objective, backward -> optimizer (`optimizer_step`) -> learning-rate schedule
+    step:   schedule and noise (`begin_step`) -> `training_loss`, backward -> optimizer (`optimizer_step`) -> learning-rate schedule
 
 Lightning owns the loop of `qlab.fit` and gives it back only at the end. A duel in lockstep, or a run that is frozen, rewound and
 branched, needs the loop itself. The steps here are those of the method; what Lightning does between them is written out once, and
@@ -75,13 +75,18 @@ class Stepper:
         tick: what the clock shows.
 
     Raises:
-        InputError: a net with dropout, whose training cannot be gone back to; optimizers that are not one with one
+        InputError: a net with dropout, whose training cannot be gone back to; batches that are replayed; optimizers that are not one with one
             learning-rate schedule; no whole number of epochs.
     """
 
     def __init__(self, method: Method, data: DataModule, epochs: int) -> None:
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
             raise InputError(f"epochs must be a whole number of at least 1, not {epochs!r}")
+        if method.repeats > 1:
+            raise InputError(
+                "free adversarial training takes several steps for each batch, so it cannot be taken apart into steps; take "
+                "another training for robustness, or qlab.fit"
+            )
         dropout = [n for n, m in method.named_modules() if isinstance(m, _DropoutNd) and m.p > 0]
         if dropout:
             raise InputError(
@@ -151,7 +156,7 @@ class Stepper:
         losses: list[Tensor] = []
 
         def closure() -> Tensor:
-            loss = method.objective(x, y)
+            loss = method.training_loss(x, y)
             losses.append(loss.detach())
             if not bool(torch.isfinite(losses[-1])):
                 method._explain_nonfinite(x)

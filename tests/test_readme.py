@@ -105,7 +105,7 @@ def test_commands_are_understood() -> None:
     seen = set()
     for _, command, *rest in commands():
         seen.add(command)
-        if command in ("methods", "describe", "diagnose", "pack", "reproduce", "bench"):
+        if command in ("methods", "describe", "diagnose", "attack", "pack", "reproduce", "bench"):
             assert _parser().parse_args([command, *rest]).command == command
             continue
         options = dict(zip(rest[::2], rest[1::2], strict=True))

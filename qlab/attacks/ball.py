@@ -2,11 +2,19 @@ r"""Where an adversarial example may lie: a ball around its input, and the range
 
     B = { x' : ||x' - x||_p <= eps,  low <= x' <= high }        p in {inf, 2, 1}
 
-Projections keep a point of B as it is, and always return a point of B, to the last bit: distances are measured in float64 from the
-numbers as they are stored, and what rounding has pushed out is moved in. For p = inf the projection is the nearest point; for p = 2
-and 1 it is the projection on the ball, then on the range, which stays in the ball because x lies in the range.
+The projection of a point is the nearest point of B, and always lies in B, to the last bit: distances are measured in float64 from
+the numbers as they are stored, and what rounding would push out is rounded towards x instead. A point of B stays as it is. With
+a = |x' - x|, and c the room that the range leaves on that side, the nearest point keeps the signs of x' - x and has the sizes
 
-Source: Madry et al. 2018, arXiv 1706.06083; Duchi et al. 2008 (projection on the l1 ball).
+    p = inf     min(a, eps, c)
+    p = 2       min(s a, c)                    s in [0, 1] so that their norm is eps
+    p = 1       min(max(a - t, 0), c)          t >= 0 so that their sum is eps
+
+Projecting on the ball and clipping to the range after that, as many codes do, also ends in B, but gives radius away where the range
+cuts in: at the black background of a picture, say.
+
+Source: Madry et al. 2018, arXiv 1706.06083; Duchi et al. 2008 (projection on the l1 ball); Croce, Hein 2021, arXiv 2103.01208 (on
+l1 ball and range together).
 
 Shapes: x (N, ...), eps (N,), distances (N,).
 """
@@ -15,6 +23,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -26,6 +35,9 @@ __all__ = ["NORMS", "Ball", "Norm", "dual", "norms"]
 
 Norm = Literal["linf", "l2", "l1"]
 NORMS: tuple[Norm, ...] = get_args(Norm)
+
+SLACK = 2.0**-46
+"""How far below eps, relatively, a projection ends: a sum of the same numbers in another order must not come out above eps."""
 
 
 def norms(delta: Tensor, norm: Norm) -> Tensor:
@@ -77,12 +89,14 @@ class Ball:
             raise InputError(f"eps is {eps!r:.60}; expected a positive number, in the units of the inputs")
         lo, hi = (torch.as_tensor(v, device=x.device).to(x.dtype) for v in (low, high))
         try:
-            torch.broadcast_shapes(lo.shape, hi.shape, x.shape[1:])
-        except RuntimeError as error:
+            fits = torch.broadcast_shapes(lo.shape, hi.shape, x.shape[1:]) == x.shape[1:]
+        except RuntimeError:
+            fits = False
+        if not fits:
             raise InputError(
                 f"the range has shapes {tuple(lo.shape)} and {tuple(hi.shape)}; expected numbers, or tensors that fit inputs of "
                 f"shape {tuple(x.shape[1:])}"
-            ) from error
+            )
         if not bool((lo < hi).all()):
             raise InputError(f"the range runs from {low!r:.40} to {high!r:.40}; expected low < high")
         if not bool(((x >= lo) & (x <= hi)).all()):
@@ -95,14 +109,20 @@ class Ball:
 
     def take(self, index: Tensor) -> Ball:
         """Return the balls of some of the inputs, by index (n,)."""
-        return Ball(self.x[index], self.eps[index], self.norm, self.low, self.high)
+        taken = Ball(self.x[index], self.eps[index], self.norm, self.low, self.high)
+        if self.norm == "linf":
+            taken.__dict__["box"] = (self.box[0][index], self.box[1][index])  # measured once, not at every step
+        return taken
 
     def distance(self, points: Tensor) -> Tensor:
         """Return ||x' - x||_p of points (N, ...), (N,) in float64, from the numbers as they are stored."""
-        return norms(points.double() - self.x.double(), self.norm)
+        return norms(points.to(torch.float64, copy=True).sub_(self.x), self.norm)
 
     def contains(self, points: Tensor) -> Tensor:
         """Return whether points (N, ...) lie in ball and range, (N,), to the last bit."""
+        if self.norm == "linf" and points.dtype == self.x.dtype:
+            low, high = self.box
+            return ((points >= low) & (points <= high)).flatten(1).all(1)
         inside = ((points >= self.low) & (points <= self.high)).flatten(1).all(1)
         return inside & (self.distance(points) <= self.eps)
 
@@ -111,22 +131,33 @@ class Ball:
         return torch.minimum(torch.maximum(points, self.low), self.high)
 
     def project(self, points: Tensor) -> Tensor:
-        """Return points (N, ...) of ball and range near the given ones; see the module docstring."""
+        """Return the points (N, ...) of ball and range that are nearest to the given ones; see the module docstring."""
         points = points.to(self.x.dtype)
         if self.norm == "linf":
-            low, high = self.edges
-            return self.clip(torch.minimum(torch.maximum(points, low), high))
-        delta = self.clip(points).double() - self.x.double()
-        delta = _onto_l2(delta, self.eps) if self.norm == "l2" else _onto_l1(delta, self.eps)
-        out = self.clip(self.x.double().add(delta).to(self.x.dtype))
-        step = torch.finfo(self.x.dtype).eps
-        shrink = 1 - step
-        while bool((outside := self.distance(out) > self.eps).any()):
-            pulled = self.clip(self.x.double().add(delta * shrink).to(self.x.dtype))
-            out = torch.where(_wide(outside, out), pulled, out)
-            step *= 2
-            shrink = max(0.0, 1 - step)
-        return out
+            low, high = self.box
+            return torch.minimum(torch.maximum(points, low), high)
+        out = (~self.contains(points)).nonzero()[:, 0]
+        if not len(out):
+            return points
+        return points.index_copy(0, out, self.take(out)._nearest(points[out]))
+
+    def _nearest(self, points: Tensor) -> Tensor:
+        """Return the nearest points of B to points (n, ...) outside, for p = 2 and 1."""
+        x = self.x.double()
+        delta = points.double() - x
+        room = torch.where(delta > 0, self.high.double() - x, x - self.low.double())
+        a, c = delta.abs().flatten(1), room.flatten(1)
+        size = _shrink_l2(a, c, self.eps) if self.norm == "l2" else _shrink_l1(a, c, self.eps)
+        within = (1 - SLACK) * self.eps / norms(size, self.norm)
+        size = (size * within.clamp(max=1)[:, None]).reshape(delta.shape)
+        end = (x + delta.sign() * size).to(self.x.dtype)
+        return self.clip(torch.where((end.double() - x).abs() > size, _inward(end, self.x), end))
+
+    @cached_property
+    def box(self) -> tuple[Tensor, Tensor]:
+        """The least and largest point of l_inf ball and range together, (N, ...) each, in the dtype of x."""
+        low, high = self.edges
+        return self.clip(low), self.clip(high)
 
     @property
     def edges(self) -> tuple[Tensor, Tensor]:
@@ -137,8 +168,7 @@ class Ball:
         for side in (-1.0, 1.0):
             end = (x + side * eps).to(self.x.dtype)
             # One rounding can put an end out of the ball by one unit in the last place.
-            end = torch.where((end.double() - x).abs() > eps, _inward(end, side), end)
-            ends.append(end)
+            ends.append(torch.where((end.double() - x).abs() > eps, _inward(end, self.x), end))
         return ends[0], ends[1]
 
     def random(self, generator: torch.Generator) -> Tensor:
@@ -163,26 +193,39 @@ def _wide(values: Tensor, like: Tensor) -> Tensor:
     return values.reshape(-1, *(1,) * (like.dim() - 1))
 
 
-def _inward(end: Tensor, side: float) -> Tensor:
-    """Return the neighbour of a number towards the middle of its ball."""
-    if end.dtype in (torch.float32, torch.float64):
-        return torch.nextafter(end, torch.full_like(end, -side * math.inf))
-    info = torch.finfo(end.dtype)  # torch knows no neighbours of half floats: one or two units down
-    return end - side * (end.abs() * info.eps + info.tiny).to(end.dtype)
+def _inward(end: Tensor, x: Tensor) -> Tensor:
+    """Return the neighbour of each number towards x, in their dtype."""
+    if end.dtype != torch.float16:
+        return torch.nextafter(end, x)
+    bits, up = end.view(torch.int16), x > end  # not every device knows neighbours of float16
+    moved = torch.where(end == 0, torch.where(up, 1, -32767), bits + torch.where((end > 0) == up, 1, -1)).to(
+        torch.int16
+    )
+    return torch.where(end == x, end, moved.view(torch.float16))
 
 
-def _onto_l2(delta: Tensor, eps: Tensor) -> Tensor:
-    size = norms(delta, "l2")
-    return delta * _wide(torch.where(size > eps, eps / size, torch.ones_like(size)), delta)
+def _shrink_l2(a: Tensor, c: Tensor, eps: Tensor) -> Tensor:
+    """Return min(s a, c) for sizes a and rooms c (n, D), with the largest s in [0, 1] that keeps its l2 norm within eps (n,)."""
+    largest = a.amax(1, keepdim=True)
+    b, d, r = a / largest, c / largest, eps / largest[:, 0]  # squares of tiny numbers would underflow
+    full = torch.where(d < b, d / b, 1.0)  # the s from which on a coordinate has no more room
+    full, order = full.sort(dim=1)
+    b2, d2 = b.square().gather(1, order), d.square().gather(1, order)
+    free = b2.flip(1).cumsum(1).flip(1) - b2  # squares of those that still have room at that s
+    used = d2.cumsum(1)
+    count = (full.square() * free + used <= r.square()[:, None]).sum(1, keepdim=True)
+    used = torch.where(count > 0, used.gather(1, (count - 1).clamp(min=0)), 0.0)
+    free = torch.where(count > 0, free.gather(1, (count - 1).clamp(min=0)), b2.sum(1, keepdim=True))
+    s = ((r.square()[:, None] - used).clamp(min=0) / free).sqrt()
+    return torch.minimum(torch.where(free > 0, s, 1.0).clamp(max=1) * a, c)
 
 
-def _onto_l1(delta: Tensor, eps: Tensor) -> Tensor:
-    """Return the nearest points with ||delta||_1 <= eps: soft thresholding at the level that the sorted sizes give."""
-    flat = delta.flatten(1)
-    size = flat.abs().sort(dim=1, descending=True).values
-    total = size.cumsum(1) - eps[:, None]
-    count = torch.arange(1, flat.shape[1] + 1, device=flat.device)
-    rho = (size * count > total).sum(1, keepdim=True).clamp(min=1)
-    level = (total.gather(1, rho - 1) / rho).clamp(min=0)
-    level = torch.where(eps[:, None].isinf(), torch.zeros_like(level), level)
-    return (flat.sign() * (flat.abs() - level).clamp(min=0)).reshape(delta.shape)
+def _shrink_l1(a: Tensor, c: Tensor, eps: Tensor) -> Tensor:
+    """Return min(max(a - t, 0), c) for sizes a and rooms c (n, D), with the least t >= 0 that keeps its sum within eps (n,)."""
+    # As t falls from max a to 0, a coordinate starts to grow at t = a and has no more room at t = a - c.
+    t, order = torch.cat([a, (a - c).clamp(min=0)], 1).sort(dim=1, descending=True)
+    growing = torch.where(order < a.shape[1], 1.0, -1.0).double().cumsum(1)
+    total = torch.cat([torch.zeros_like(t[:, :1]), (growing[:, :-1] * (t[:, :-1] - t[:, 1:])).cumsum(1)], 1)
+    last = (total <= eps[:, None]).sum(1, keepdim=True) - 1
+    level = t.gather(1, last) - (eps[:, None] - total.gather(1, last)) / growing.gather(1, last).clamp(min=1)
+    return torch.minimum((a - level.clamp(min=0)).clamp(min=0), c)

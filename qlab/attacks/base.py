@@ -17,6 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -216,24 +217,37 @@ class Ledger:
         """Book logits z (n, d) of points (n, ...) proposed for the examples of index (n,); return which are misclassified.
 
         A point outside ball or range is booked as the attack's position and never as a find.
+
+        Args:
+            index: of different examples: one point for each at a time.
+
+        Raises:
+            InputError: logits that are not finite; a NaN would be the largest of them, and so a find.
         """
+        if not bool(z.isfinite().all()):
+            raise InputError(
+                "the net's logits hold NaN or infinite values at a point that the attack proposed, although they are finite on the "
+                "inputs: a gradient was NaN, or an operation overflows. Attack in float64 (net.double(), x.double()) to tell"
+            )
         y, ball = self.y[index], self.ball.take(index)
         wrong = misclassified(z, y)
         allowed = ball.contains(points)
-        m, distance = margin(z, y).double(), ball.distance(points)
+        m = margin(z, y).double()
         found = wrong & allowed
         self.at_end[index] = found
         broken = self.broken[index]
         if self.keep == "nearest":
-            better = found & (distance < self.distance[index])
+            better = found & (ball.distance(points) < self.distance[index])
             better |= ~found & allowed & ~broken & (m > self.margin[index])
         else:
             better = allowed & ((found & ~broken) | ((found == broken) & (m > self.margin[index])))
         at = index[better]
         self.points[at] = points[better].to(self.points.dtype)
         self.margin[at] = m[better]
-        self.distance[at] = torch.where(found[better], distance[better], torch.inf)
         self.broken[at] |= found[better]
+        hit = (better & found).nonzero()[:, 0]
+        if len(hit):
+            self.distance[index[hit]] = ball.take(hit).distance(points[hit])
         return wrong
 
     def ask(self, index: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -284,7 +298,7 @@ class Attack(ABC):
     """Settings of an attack; call it on a net and a batch.
 
     Args:
-        seed: of its random choices; the same seed gives the same result, however the batch is asked for.
+        seed: of its random choices: the same seed and batch give the same result. Attacks of one seed start at the same points.
         early_stop: leave an example alone once it is broken. False to see whole paths and the worst point.
         batch: examples at a time.
     """
@@ -333,6 +347,7 @@ class Attack(ABC):
             Attacked,
         )
 
+    @torch.enable_grad()
     def attacking(
         self,
         net: nn.Module,
@@ -353,22 +368,24 @@ class Attack(ABC):
         if eps is None and self.needs_eps:
             raise InputError(f"{self.name} looks in a ball, so it needs a radius: give eps, in the units of the inputs")
         radius = math.inf if eps is None else eps
-        if isinstance(radius, bool) or not isinstance(radius, int | float) or not radius > 0:
+        if isinstance(radius, bool) or not isinstance(radius, Real) or not radius > 0:
             raise InputError(f"eps is {eps!r:.40}; expected a positive number, in the units of the inputs")
         if norm in NORMS and norm not in self.norms:
             raise InputError(f"{self.name} is made for {', '.join(self.norms)}, not for {norm}")
-        net = checked(net, x, y, self.batch)
+        draws = getattr(getattr(self, "estimator", None), "draws", None)  # of a random net; see `estimators.EOT`
+        net = checked(net, x, y, self.batch, random=draws is not None)
         whole = Ball.of(x.detach(), float(radius), norm, low, high)
-        session = self.prepare(Victim(net, fast), whole, y)
+        asked = Victim(net, fast, draws=draws)
+        session = self.prepare(asked, whole, y)
         parts: list[Attacked] = []
         N = len(x)
         for start in range(0, N, self.batch):
             index = torch.arange(start, min(start + self.batch, N), device=x.device)
-            victim = Victim(net, fast)
+            victim = asked if start == 0 else Victim(net, fast, draws=draws)  # the first batch bears the preparation
             ledger = Ledger(
                 victim, whole.take(index), y[index], self.keep, self.early_stop and self.keep == "worst", trace
             )
-            noise = generator(f"attack {self.name}", self.seed, start)
+            noise = generator("attack", self.seed, start)
             for share in self.search(victim, ledger, noise, session):
                 yield Update((start + share * len(index)) / N, f"{self.name}: {int(start + share * len(index))} of {N}")
             parts.append(ledger.result(self.described, float(radius), victim.count))

@@ -105,9 +105,8 @@ class PGD(Attack):
                 return
             start = ledger.ball.random(noise)[at] if self.random_start or r else ledger.ball.x[at].clone()
             started = self.scaling.start(session, taught, start, ledger.y[at])
-            points = start
+            points, y, ball = start, ledger.y[at], ledger.ball.take(at)
             for t in range(self.steps):
-                y = ledger.y[at]
 
                 def f(z: Tensor, y: Tensor = y, started: Tensor | None = started) -> Tensor:
                     beta = self.scaling.factors(session, started, z.detach(), y)
@@ -119,9 +118,9 @@ class PGD(Attack):
                 if self.early_stop and bool(broken.any()):
                     at, points, g = at[~broken], points[~broken], g[~broken]
                     started = None if started is None else started[~broken]
+                    y, ball = ledger.y[at], ledger.ball.take(at)
                 if not len(at):
                     break
-                ball = ledger.ball.take(at)
                 eta = self.length(ball).reshape(-1, *(1,) * (points.dim() - 1))
                 points = ball.project(points + (eta * direction(g, ball.norm)).to(points.dtype))
                 yield (r + t / self.steps) / self.restarts

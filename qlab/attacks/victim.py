@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -22,23 +23,56 @@ class Victim:
     Args:
         net: a torch module in eval mode, inputs (n, ...) to logits (n, d).
         fast: answers for questions without gradients, logits equal to the net's: a packed net, say. The net itself by default.
+        draws: of a random net, how many answers its logits are the mean of; None for a net that answers always the same.
+            Torch's generators are seeded by the number of questions asked so far: every answer is a new draw, every run the same.
     """
 
     net: nn.Module
     fast: Callable[[Tensor], Tensor] | None = None
     count: dict[str, int] = field(default_factory=lambda: {"forward": 0, "backward": 0})
+    draws: int | None = None
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return logits (n, d) without a graph; n questions."""
-        self.count["forward"] += len(x)
+        """Return logits (n, d) without a graph; n questions for each draw."""
         with torch.no_grad():
-            return (self.fast or self.net)(x)
+            z = self._draw(self.fast or self.net, x)
+            for _ in range(1, self.draws or 1):
+                z = z + self._draw(self.fast or self.net, x)
+        return z if self.draws is None else z / self.draws
 
     def differentiable(self, x: Tensor) -> Tensor:
-        """Return logits (n, d) with a graph; n questions and n backward passes."""
-        self.count["forward"] += len(x)
+        """Return logits (n, d) with a graph, of one draw; n questions and n backward passes."""
         self.count["backward"] += len(x)
-        return self.net(x)
+        return self._draw(self.net, x)
+
+    def _draw(self, answer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        self.count["forward"] += len(x)
+        if self.draws is None:
+            return answer(x)
+        with _seeded(x, self.count["forward"]):
+            return answer(x)
+
+
+@contextmanager
+def _seeded(x: Tensor, seed: int) -> Iterator[None]:
+    """Seed torch's generators for a random net on the device of x, and put them back."""
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        torch.manual_seed(seed)
+        yield
+
+
+class _OneDraw(nn.Module):
+    """A random net whose noise is always the same."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.training = net.training
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of one draw."""
+        with _seeded(x, 0):
+            return self.net(x)
 
 
 def deployed(net: nn.Module) -> nn.Module:
@@ -53,14 +87,19 @@ def deployed(net: nn.Module) -> nn.Module:
     return plain(net)
 
 
-def checked(net: nn.Module, x: Tensor, y: Tensor, batch: int) -> nn.Module:
+def checked(net: nn.Module, x: Tensor, y: Tensor, batch: int, random: bool = False) -> nn.Module:
     """Return the deployed net; raise where an attack would say nothing true.
+
+    Args:
+        net, x, y: as of an attack.
+        batch: examples to try.
+        random: whether the attack averages over the noise of a net that answers twice differently.
 
     Raises:
         InputError: what `qlab.diagnose.base.check` says of net and inputs; labels out of range.
     """
     net = deployed(net)
-    _, z = check(net, x[:batch], y[:batch])
+    _, z = check(_OneDraw(net) if random else net, x[:batch], y[:batch])
     if z.shape[1] < 2:
         raise InputError("the net gives one logit; an attack needs one for each of at least two classes")
     if len(y) != len(x):

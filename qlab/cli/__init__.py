@@ -1,10 +1,11 @@
-"""The command line: `qlab methods, describe, fit, test, pack, diagnose, reproduce, bench`.
+"""The command line: `qlab methods, describe, fit, test, pack, diagnose, attack, reproduce, bench`.
 
 This file reads the command and hands on. It imports neither torch nor Lightning, so that `--help`, `methods` and every
 mistyped name are answered at once; `qlab.cli.training` (on LightningCLI) and the others are imported when they are needed.
 
 Exit status: 0 done (for `reproduce`: the claim holds; for `bench`: all goals are kept), 2 an error that the user can act on,
-3 the claim fails, a goal is missed, or packed backends differ, 4 the claim is undecided, 130 interrupted.
+3 the claim fails, a goal is missed, packed backends differ, or `attack` finds masked gradients, 4 the claim is undecided,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -69,6 +70,26 @@ def _parser() -> argparse.ArgumentParser:
     _checkpoint_options(diagnose)
     diagnose.add_argument("--examples", type=int, default=256, metavar="N", help="of the batch; default: 256")
     diagnose.add_argument("--json", metavar="FILE", help="also write the findings here")
+
+    attack = commands.add_parser(
+        "attack",
+        help="measure how robust a trained net is, and whether the figure can be believed",
+        description="Attack a checkpoint's deployed net on test data by the worst case over a suite, and examine whether its "
+        "gradients are masked. An interrupted run goes on where it stopped. Exit status: 0, or 3 where masking is found.",
+    )
+    _checkpoint_options(attack)
+    attack.add_argument("--suite", default="standard", metavar="S", help="standard, quick or search; default: standard")
+    attack.add_argument(
+        "--eps", default="0.1,0.2", metavar="E", help="radii, in the units of the data; default: 0.1,0.2"
+    )
+    attack.add_argument("--norm", default="linf", metavar="P", help="linf, l2 or l1; default: linf")
+    attack.add_argument("--samples", type=int, default=1000, metavar="N", help="test examples; default: 1000")
+    attack.add_argument("--twin", metavar="CKPT", help="a float net's checkpoint, for the transfer attack")
+    attack.add_argument("--seed", type=int, default=0, metavar="N", help="of all attacks; default: 0")
+    attack.add_argument("--budget", type=float, metavar="S", help="seconds after which no further attack is started")
+    attack.add_argument("--root", metavar="DIR", help="where finished attacks are kept; default: beside the checkpoint")
+    attack.add_argument("--html", metavar="FILE", help="write a report with figures here")
+    attack.add_argument("--json", metavar="FILE", help="write the figures here")
 
     reproduce = commands.add_parser(
         "reproduce",
@@ -142,6 +163,10 @@ def _dispatch(arguments: list[str]) -> int:
         from qlab.cli.diagnose import diagnose
 
         return diagnose(options)
+    if options.command == "attack":
+        from qlab.cli.attack import attack
+
+        return attack(options)
 
     from qlab.cli import judging
 

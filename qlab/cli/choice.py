@@ -1,6 +1,6 @@
 """Which method, data set and net a `fit` or `test` command means, found before Lightning is imported.
 
-`--method NAME`, `--data NAME` and `--net NAME` choose; everything else (`--method.lr 0.1`, `--trainer.max_epochs 3`) belongs to
+`--method NAME`, `--data NAME`, `--net NAME` and `--robust NAME` choose; everything else (`--method.lr 0.1`, `--trainer.max_epochs 3`) belongs to
 `qlab.cli.training`, whose options depend on the choice. A config file and the config.yaml beside a checkpoint choose too;
 the command line wins.
 """
@@ -17,6 +17,7 @@ import yaml
 from qlab.data import DATA
 from qlab.errors import InputError
 from qlab.methods.catalog import CATALOG
+from qlab.methods.robust import ROBUST
 from qlab.models import MODELS
 from qlab.registry import Registry
 
@@ -24,7 +25,7 @@ __all__ = ["Choice", "beside", "choose", "main"]
 
 DEFAULT_DATA = "digits"
 CONFIG_NAME = "config.yaml"
-SHELVES: Mapping[str, Registry[Any]] = {"method": CATALOG, "data": DATA, "net": MODELS}
+SHELVES: Mapping[str, Registry[Any]] = {"method": CATALOG, "data": DATA, "net": MODELS, "robust": ROBUST}
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Choice:
         net: name of the net.
         config: a config file's content, or that of the config.yaml beside the checkpoint; defaults of the typed options.
         arguments: what is left for the typed options.
+        robust: name of the training for robustness, or None for none.
     """
 
     stage: str
@@ -46,6 +48,7 @@ class Choice:
     net: str | None
     config: Mapping[str, Any] = field(default_factory=dict)
     arguments: tuple[str, ...] = ()
+    robust: str | None = None
 
 
 def _take(arguments: list[str], *options: str) -> tuple[str | None, list[str]]:
@@ -112,7 +115,12 @@ def choose(stage: str, arguments: list[str]) -> Choice:
         name = names[kind]
         if name is not None:
             _ = shelf[name]  # raises for an unknown name
-    return Choice(stage, names["method"], names["data"], names["net"], config, tuple(arguments))
+    lost = next((word for word in arguments if word.startswith("--robust.")), None)
+    if lost is not None and names["robust"] is None:
+        raise InputError(
+            f"{lost.partition('=')[0]} needs to know of which training: --robust NAME, one of {_listed(ROBUST)}"
+        )
+    return Choice(stage, names["method"], names["data"], names["net"], config, tuple(arguments), names["robust"])
 
 
 def _listed(shelf: Registry[Any]) -> str:
@@ -128,9 +136,11 @@ Train a network, then test it as it would be deployed.
                               default: {default_data}
   --net NAME                  {nets}
                               default: the data set's usual one
+  --robust NAME               train for robustness: {robust}
   --method.OPTION VALUE       a hyperparameter, such as --method.lr 0.1
   --data.OPTION VALUE         such as --data.batch_size 64
   --net.OPTION VALUE          such as --net.width 16
+  --robust.OPTION VALUE       such as --robust.eps 0.1, in the units of the data set
   --trainer.max_epochs N      default: {epochs}; every option of Lightning's Trainer works
   --seed_everything N         one seed for data order, initial weights and noise; default: 0
   --ckpt_path FILE            go on from a checkpoint; the settings of its run stand unless given anew
@@ -163,7 +173,7 @@ def main(stage: str, arguments: list[str]) -> int:
     named = choice.method if stage == "fit" else choice.data
     if wants_help and named is None:
         text = FIT_HELP if stage == "fit" else TEST_HELP
-        names = {"methods": _listed(CATALOG), "data": _listed(DATA), "nets": _listed(MODELS)}
+        names = {"methods": _listed(CATALOG), "data": _listed(DATA), "nets": _listed(MODELS), "robust": _listed(ROBUST)}
         print(text.format(**names, default_data=DEFAULT_DATA, epochs=MAX_EPOCHS), end="")
         return 0
     if stage == "fit" and choice.method is None:

@@ -34,6 +34,7 @@ from qlab.data import DATA
 from qlab.errors import InputError
 from qlab.methods import CATALOG, checkpoints
 from qlab.methods.base import Method
+from qlab.methods.robust import ROBUST
 from qlab.models import MODELS
 from qlab.runs import quiet
 
@@ -99,13 +100,15 @@ class LabCLI(LightningCLI):
     # ---- options ----------------------------------------------------------------------------------------------------
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the groups trainer, data, net and method."""
+        """Add the groups trainer, data, net, method and, where it is wanted, robust."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
         self._add_group(parser, "data", self.choice.data, DATA.load(str(self.choice.data)), set())
         if self.choice.stage == "fit":
             self._add_group(parser, "net", self.choice.net, MODELS.load(str(self.choice.net)), SHAPE)
             self._add_group(parser, "method", self.choice.method, CATALOG.load(str(self.choice.method)), {"net"})
+            if self.choice.robust is not None:
+                self._add_group(parser, "robust", self.choice.robust, ROBUST.load(self.choice.robust), set())
         parser.add_argument("--ckpt_path", type=str | None, default=None, help="a checkpoint to go on from, or to test")
 
     @staticmethod
@@ -124,8 +127,9 @@ class LabCLI(LightningCLI):
             raise InputError(f"{' '.join(str(error).split())}\nAll options: {hint}") from error
 
     def _names(self) -> str:
-        kinds = ("method", "data", "net") if self.choice.stage == "fit" else ("data",)
-        return " ".join(f"--{kind} {getattr(self.choice, kind)}" for kind in kinds)
+        kinds = ("method", "data", "net", "robust") if self.choice.stage == "fit" else ("data",)
+        named = {kind: getattr(self.choice, kind) for kind in kinds}
+        return " ".join(f"--{kind} {name}" for kind, name in named.items() if name is not None)
 
     # ---- objects ----------------------------------------------------------------------------------------------------
 
@@ -159,7 +163,10 @@ class LabCLI(LightningCLI):
     def _fresh(self) -> Method:
         shape = {"input_shape": self.datamodule.input_shape, "num_classes": self.datamodule.num_classes}
         net = models.build(str(self.choice.net), **shape, **self._options("net"), seed=self._seed())
-        return CATALOG.load(str(self.choice.method))(net, **self._options("method"))
+        method: Method = CATALOG.load(str(self.choice.method))(net, **self._options("method"))
+        if self.choice.robust is not None:
+            method.robust = {"name": self.choice.robust} | self._options("robust")
+        return method
 
     def _trained(self) -> Method:
         path = self.config["ckpt_path"]
@@ -213,7 +220,7 @@ def _saved_arguments(choice: Choice) -> list[str]:
 
     A test takes from it what the data are, not how the training was run.
     """
-    groups = ("seed_everything", "trainer", "data", "net", "method") if choice.stage == "fit" else ("data",)
+    groups = ("seed_everything", "trainer", "data", "net", "method", "robust") if choice.stage == "fit" else ("data",)
     arguments = []
     for group in groups:
         saved = choice.config.get(group)

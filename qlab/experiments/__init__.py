@@ -64,5 +64,10 @@ EXPERIMENTS: Registry[Entry] = Registry(
             title="The gap to the best signs there are: tiny nets whose optimum is found by trying every sign",
             target="qlab.experiments.optimum_gap:EXPERIMENT",
         ),
+        Entry(
+            name="attacks",
+            title="Temperature-scaled attacks break binary nets that plain ones leave, and change little on float nets",
+            target="qlab.experiments.attacks:EXPERIMENT",
+        ),
     ],
 )

@@ -9,6 +9,8 @@ Everything else is here, once: the loss, learning-rate schedule, step counter, s
 deployment, checkpoints.
 
 One step, in order:  schedule -> noise -> forward, backward -> optimizer -> post_step.
+
+A training for robustness (`robust`, see `qlab.methods.robust`) changes what a step minimises, and nothing else.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ from qlab.errors import InputError
 from qlab.methods import checkpoints
 from qlab.methods.catalog import MethodInfo
 from qlab.methods.losses import LOSSES
+from qlab.methods.robust.hook import Robustness
 from qlab.methods.signature import hyperparameters
 from qlab.quantizers import Quantizer, harden, layers, quantize, quantized_tensors, quantizers, reestimate_batch_norm
 
@@ -39,7 +42,7 @@ __all__ = ["Method"]
 Batch = tuple[Tensor, Tensor]
 
 
-class Method(pl.LightningModule):
+class Method(Robustness):
     """Base class of the training methods; see the module docstring.
 
     Args:
@@ -201,14 +204,14 @@ class Method(pl.LightningModule):
         total = self.trainer.estimated_stepping_batches
         if not math.isfinite(total):
             raise InputError("schedules are stretched over the run, so it needs an end: set max_epochs or max_steps")
-        return int(total)
+        return int(total) * self.repeats
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one batch (x, y)."""
         x, y = batch
         if batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.begin_step(self._run_length)
-        loss = self.objective(x, y)
+        loss = self.training_loss(x, y)
         if loss.device.type == "cpu" and not math.isfinite(loss.item()):  # on a GPU the check would stall every step
             self._explain_nonfinite(x)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(y))
@@ -225,9 +228,14 @@ class Method(pl.LightningModule):
         )
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Let Lightning step the optimizer, then `post_step`."""
-        super().optimizer_step(*args, **kwargs)
-        self.end_step()
+        """Let Lightning step the optimizer, then `post_step`; as often as a training for robustness replays a batch."""
+        for replay in range(self.repeats):
+            if replay:  # Lightning moves the learning rate once for each batch
+                schedulers = self.lr_schedulers()
+                for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+                    scheduler.step()  # type: ignore[union-attr]
+            super().optimizer_step(*args, **kwargs)
+            self.end_step()
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer with its learning-rate schedule, moved every step."""
@@ -266,6 +274,7 @@ class Method(pl.LightningModule):
         Not earlier: the length needs the loader, and a loader that Lightning sets up before it restores a checkpoint does
         not get its position back.
         """
+        super().on_train_start()
         self._run_length = self.total_steps
 
     # ---- what is deployed -------------------------------------------------------------------------------------------
@@ -377,21 +386,24 @@ class Method(pl.LightningModule):
     # ---- state ------------------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the step counter and the deployed net's batch-norm statistics."""
-        return {"steps": self.steps, "statistics": self._statistics}
+        """Return the step counter, the deployed net's batch-norm statistics, and where there is one the kept perturbation."""
+        kept = {} if self.perturbation is None else {"perturbation": self.perturbation}
+        return {"steps": self.steps, "statistics": self._statistics} | kept
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore what `get_extra_state` returned."""
         self.steps = int(state["steps"])
         self._statistics = dict(state["statistics"])
+        self.perturbation = state.get("perturbation")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Sign the checkpoint with the method's name and the versions it was written by."""
         checkpoint[checkpoints.KEY] = checkpoints.signature(self.info.name)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another method."""
+        """Refuse a checkpoint of another method; go on with its training for robustness, unless there is one already."""
         checkpoints.expect(checkpoint, self.info.name)
+        self.adopt_robust(checkpoint)
 
     @classmethod
     def load(cls, path: str | PathLike[str], net: nn.Module | None = None, **overrides: Any) -> Method:

@@ -73,8 +73,10 @@ def restore(
         arguments["net"] = net
     elif arguments.get("net") is None:
         raise CheckpointError(f"{path}: its net is not one of qlab.models, so pass the plain net: load(path, net=...)")
+    robust = arguments.pop("robust", None)
     try:
         method = cls(**arguments)
+        method.robust = robust  # type: ignore[attr-defined]
         method.load_state_dict(content["state_dict"])  # type: ignore[attr-defined]
     except (QlabError, KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{path}: the checkpoint does not fit {cls.__name__}: {error}") from error

@@ -166,7 +166,7 @@ class DIRNet(Method):
         super().on_train_start()
         batches = self.trainer.num_training_batches
         if math.isfinite(batches):
-            self._epoch_steps = math.ceil(batches / self.trainer.accumulate_grad_batches)
+            self._epoch_steps = math.ceil(batches / self.trainer.accumulate_grad_batches) * self.repeats
         elif self.h.estimator == "dte" and not self.h.refresh:
             raise InputError(
                 "caps are refreshed once an epoch, but this data has no end: set refresh to a number of steps"

@@ -87,6 +87,7 @@ class Bernoulli(Quantizer):
 
     def resample(self, generator: torch.Generator) -> None:
         """Draw delta for every sample of this step."""
+        self.sample = 0  # what is asked outside of `objective`, an inner attack say, sees the first one
         if self.samples:
             self.delta.copy_(half_logit(torch.rand(self.delta.shape, generator=generator)))
 

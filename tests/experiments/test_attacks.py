@@ -1,0 +1,56 @@
+"""The experiment on temperature-scaled attacks: plans build, a cell runs, the metrics are what they say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from qlab.experiments import EXPERIMENTS
+from qlab.experiments.attacks import EXPERIMENT, METRICS, SIZES, measured, plan, run
+from qlab.methods import create
+
+
+def test_it_stands_on_the_shelf() -> None:
+    assert EXPERIMENTS["attacks"].load() is EXPERIMENT
+
+
+@pytest.mark.parametrize(("data", "scale"), list(SIZES))
+def test_every_plan_has_three_nets_that_differ_in_the_method_alone(data: str, scale: str) -> None:
+    arms = plan(scale, data).arms  # type: ignore[arg-type]
+    assert len(arms) == 3
+    rest = [{k: v for k, v in arm.items() if k not in ("method", "options")} for arm in arms.values()]
+    assert rest[0] == rest[1] == rest[2]
+    for arm in arms.values():
+        create(arm["method"], nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), **arm["options"])
+
+
+def test_a_cell_reports_every_metric() -> None:
+    settings = plan("laptop", "digits").arms["binary weights and activations"]
+    found = run({**settings, "epochs": 1, "samples": 20, "steps": 2, "net_options": {"hidden": [16]}}, seed=0)
+    assert set(found) == {metric.name for metric in METRICS}
+    assert found["PGD - PGD++ HNS"] == found["PGD"] - found["PGD++ HNS"]
+
+
+def test_a_saturated_float_net_has_dead_images_and_a_temperature_breaks_it() -> None:
+    # Two classes, logits +-w.x with a gap of some hundreds: softmax in float32 has no gradient, the margin falls by eps ||w||_1.
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Linear(16, 2, bias=False)
+    w = torch.where(torch.rand(16, generator=generator) < 0.5, -1.0, 1.0)
+    net.weight.data = torch.stack([400 * w, -400 * w])
+    x = (0.5 + 0.04 * torch.where(torch.rand(64, 16, generator=generator) < 0.5, -1.0, 1.0)).float()
+    x = x + 0.04 * torch.where((x - 0.5) @ w >= 0, 1.0, -1.0)[:, None] * w
+    y = (x @ w < 0).long()
+    net = nn.Sequential(_Centred(), net).eval()
+    y = net(x).argmax(1)
+    found = measured(net, x, y, eps=0.3, steps=5, eps_l2=3.0, seed=0)
+    assert found["clean"] == 1
+    assert found["gap"] > 104
+    assert found["dead"] > 0.9
+    assert found["PGD"] > 0.5  # the random start alone breaks some
+    assert found["PGD++ HNS"] == found["PGD++ NJS"] == found["PGD margin"] == 0
+
+
+class _Centred(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x - 0.5
