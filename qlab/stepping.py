@@ -75,8 +75,8 @@ class Stepper:
         tick: what the clock shows.
 
     Raises:
-        InputError: a net with dropout, whose training cannot be gone back to; batches that are replayed; optimizers that are not one with one
-            learning-rate schedule; no whole number of epochs.
+        InputError: a net with dropout, whose training cannot be gone back to; batches that are replayed; optimizers that are
+            not one with one learning-rate schedule; no whole number of epochs.
     """
 
     def __init__(self, method: Method, data: DataModule, epochs: int) -> None:

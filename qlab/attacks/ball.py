@@ -153,6 +153,11 @@ class Ball:
         end = (x + delta.sign() * size).to(self.x.dtype)
         return self.clip(torch.where((end.double() - x).abs() > size, _inward(end, self.x), end))
 
+    @property
+    def radius(self) -> Tensor:
+        """eps (N,) where it is finite, else the width of the range: a length to measure steps by."""
+        return torch.where(self.eps.isinf(), (self.high.double() - self.low.double()).max(), self.eps)
+
     @cached_property
     def box(self) -> tuple[Tensor, Tensor]:
         """The least and largest point of l_inf ball and range together, (N, ...) each, in the dtype of x."""
@@ -174,11 +179,10 @@ class Ball:
     def random(self, generator: torch.Generator) -> Tensor:
         """Return a random point of each ball, within the range, (N, ...): uniform for l_inf, uniform direction and radius else.
 
-        An infinite radius counts as the width of the range.
+        An infinite radius counts as `radius`.
         """
         shape, dtype = self.x.shape, self.x.dtype
-        width = (self.high - self.low).double().max()
-        eps = _wide(torch.where(self.eps.isinf(), width, self.eps), self.x)
+        eps = _wide(self.radius, self.x)
         if self.norm == "linf":
             noise = 2 * torch.rand(shape, generator=generator, dtype=torch.float64).to(self.x.device) - 1
         else:
@@ -207,17 +211,20 @@ def _inward(end: Tensor, x: Tensor) -> Tensor:
 def _shrink_l2(a: Tensor, c: Tensor, eps: Tensor) -> Tensor:
     """Return min(s a, c) for sizes a and rooms c (n, D), with the largest s in [0, 1] that keeps its l2 norm within eps (n,)."""
     largest = a.amax(1, keepdim=True)
-    b, d, r = a / largest, c / largest, eps / largest[:, 0]  # squares of tiny numbers would underflow
-    full = torch.where(d < b, d / b, 1.0)  # the s from which on a coordinate has no more room
-    full, order = full.sort(dim=1)
-    b2, d2 = b.square().gather(1, order), d.square().gather(1, order)
-    free = b2.flip(1).cumsum(1).flip(1) - b2  # squares of those that still have room at that s
-    used = d2.cumsum(1)
-    count = (full.square() * free + used <= r.square()[:, None]).sum(1, keepdim=True)
-    used = torch.where(count > 0, used.gather(1, (count - 1).clamp(min=0)), 0.0)
-    free = torch.where(count > 0, free.gather(1, (count - 1).clamp(min=0)), b2.sum(1, keepdim=True))
-    s = ((r.square()[:, None] - used).clamp(min=0) / free).sqrt()
-    return torch.minimum(torch.where(free > 0, s, 1.0).clamp(max=1) * a, c)
+    b2, d2, r2 = (
+        (a / largest).square(),
+        (c / largest).square(),
+        (eps / largest[:, 0]).square(),
+    )  # tiny squares would underflow
+    limit = torch.where(c < a, c / a, 1.0)  # the s from which on a coordinate has no more room
+    s = (r2 / b2.sum(1)).sqrt().clamp(max=1)
+    while True:  # s grows with the set of coordinates that have no more room, until that set is right
+        full = (limit < s[:, None]).double()
+        used, free = torch.linalg.vecdot(full, d2), torch.linalg.vecdot(1 - full, b2)
+        grown = torch.where(free > 0, ((r2 - used).clamp(min=0) / free).sqrt(), 1.0).clamp(max=1)
+        if not bool((grown > s).any()):
+            return torch.minimum(s[:, None] * a, c)
+        s = torch.maximum(grown, s)
 
 
 def _shrink_l1(a: Tensor, c: Tensor, eps: Tensor) -> Tensor:

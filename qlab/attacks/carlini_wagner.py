@@ -10,8 +10,10 @@ a run finds a point, the upper end of its interval falls to c, else the lower en
 long as there is no upper end. Adam's averages begin anew in every run. Every tenth of a run, examples whose objective has not
 fallen by 0.01% are left alone until the next.
 
-With tanh, an input that lies on the edge of the range starts where the change of variables is flat, and gets going slowly: often so
-with pictures of black background. Clamping has no such trouble.
+Deviations. tanh is flat at the edge of the range, where pictures have their black background: an input there gets going so slowly
+that the rule just given, as the authors' code has it, would leave it alone before it moves, and it would look robust. So an example
+that was not broken yet in this run is left alone only if its objective has not fallen at all. And clamping, which has no flat
+places, is the default here; the paper prefers tanh.
 
 Source: Carlini, Wagner 2017, arXiv 1608.04644 (section 6.1); constants as in the authors' code.
 
@@ -55,7 +57,7 @@ class CarliniWagner(Attack):
         c: the first one.
         lr: Adam's step length, in units of v.
         kappa: confidence: only points misclassified by at least this margin of logits count.
-        box: how points are kept in the range: "tanh" or "clamp"; "tanh" needs a finite range.
+        box: how points are kept in the range: "clamp" or "tanh", which needs a finite range.
         abort_early: leave an example alone for the rest of a run once it does not get better.
         estimator: where gradients come from.
     """
@@ -65,7 +67,7 @@ class CarliniWagner(Attack):
     c: float = 1e-3
     lr: float = 0.01
     kappa: float = 0.0
-    box: Box = "tanh"
+    box: Box = "clamp"
     abort_early: bool = True
     estimator: Estimator = BACKPROP
 
@@ -145,6 +147,7 @@ class CarliniWagner(Attack):
             wrong[says] = ledger.see(at[says], points[says], z[says]) & sure[says]
             found[row] |= wrong
             if self.abort_early and t % every == 0:
+                # Who has been broken must get better by this much to go on; who has not, at all.
                 least = torch.where(found[row], 1e-4, 0.0) * before.abs().nan_to_num(posinf=0.0)
                 going = objective < before - least
                 row, v, first, second, g, before = (s[going] for s in (row, v, first, second, g, objective))

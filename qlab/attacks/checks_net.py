@@ -5,9 +5,9 @@ r"""Checks of the net itself, before any attack: randomness, outputs, zero gradi
 16  max |z - z'| / (max z - min z) over five answers
 17  all outputs in [0, 1], rows sum to 1
 
-The gradients of 13 are those of the margin in float64: what the softmax or the precision makes vanish is no matter of it. An example
-with a zero gradient where the smoothed one is not zero counts as cosine 0. s is a quarter of eps (of eps / sqrt(D) for l2), the
-scale of the steps that the attack takes; the mean cosine is divided by the square root of the smoothed gradient's reliability.
+The gradients of 13 are those of the margin in float64: what the softmax or the precision makes vanish is no matter of it. An
+example with a zero gradient where the smoothed one is not zero counts as cosine 0. s is a quarter of eps (of eps / sqrt(D) for l2),
+the scale of the steps that the attack takes; the mean cosine is divided by the square root of the smoothed gradient's reliability.
 
 A zero gradient of the cross-entropy means vanishing if the margin's gradient in float64 is alive, and shattering if it is zero too.
 
@@ -23,8 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from qlab.attacks.checks import ALPHA, Check, Curve, State, wilson
-from qlab.attacks.checks_runs import Exam, Frozen, Work, budget_of
+from qlab.attacks.checks import Check, Curve, State, wilson
+from qlab.attacks.checks_runs import Exam, Frozen, Work
 from qlab.attacks.losses import misclassified
 from qlab.errors import InputError
 from qlab.jobs import Update
@@ -65,7 +65,9 @@ def determinism(exam: Exam) -> Work[Check]:
             if not exam.differentiable or spread_of(net, exam.x[:2]) > 0:
                 words += "; the noise does not follow torch's global generator and cannot be fixed from here"
                 break
-            own = Exam(net, exam.x, exam.y, exam.eps, exam.norm, exam.low, exam.high, budget=exam.budget, seed=exam.seed)
+            own = Exam(
+                net, exam.x, exam.y, exam.eps, exam.norm, exam.low, exam.high, budget=exam.budget, seed=exam.seed
+            )
             # Without early stop: the batch stays as it is, and with it the noise of each example.
             found = yield from own.run(own.pgd(early_stop=False))
             with torch.no_grad():
@@ -159,17 +161,20 @@ def _gaps(exam: Exam) -> Curve:
     z = exam.z.double()
     top = z.topk(2, dim=1).values
     gaps = np.sort((top[:, 0] - top[:, 1]).cpu().numpy()[exam.clean])
-    return Curve.of(gaps, np.arange(1, len(gaps) + 1) / max(1, len(gaps)), "gap of the two largest logits", "share below")
+    return Curve.of(
+        gaps, np.arange(1, len(gaps) + 1) / max(1, len(gaps)), "gap of the two largest logits", "share below"
+    )
 
 
 def agreement(exam: Exam) -> Work[Check]:
     """Check 13: the back-propagated gradient of the margin against the gradient of the smoothed margin."""
     condition = f"mean cosine of the gradient with the smoothed one above {AGREES:g}"
-    name, repair = "gradient agreement", "BPDA with another stand-in, smoothing (NES), or search without gradients (Square)"
+    name, repair = (
+        "gradient agreement",
+        "BPDA with another stand-in, smoothing (NES), or search without gradients (Square)",
+    )
     if not exam.differentiable:
-        return Check(
-            13, name, condition, "fail", "S", "there is no gradient to compare", repair, {"cosine": 0.0}
-        )
+        return Check(13, name, condition, "fail", "S", "there is no gradient to compare", repair, {"cosine": 0.0})
     at = np.flatnonzero(exam.clean)[: exam.budget.looked]
     if not len(at):
         return Check(13, name, condition, "skipped", "S", "no example is classified correctly", repair)
@@ -190,7 +195,9 @@ def agreement(exam: Exam) -> Work[Check]:
     error = 1.96 * float(np.std(cosines)) / math.sqrt(len(cosines) * reliability)
     evidence |= {"cosine": c, "low": c - error, "high": c + error}
     state: State = "pass" if c > AGREES else "fail" if c + error < AGREES else "warn"
-    words = f"cosine {c:.2f} ({c - error:.2f} to {c + error:.2f}) at width {widths[1]:.3g}, reliability {reliability:.2f}"
+    words = (
+        f"cosine {c:.2f} ({c - error:.2f} to {c + error:.2f}) at width {widths[1]:.3g}, reliability {reliability:.2f}"
+    )
     return Check(13, name, condition, state, "S", words, repair, evidence, curve)
 
 

@@ -137,7 +137,7 @@ class Exam:
     def __post_init__(self) -> None:
         self._runs: dict[Any, Attacked] = {}
         self.broken: Successes = np.zeros(len(self.x), bool)
-        self.tried: dict[str, Successes] = {}
+        self.tried: dict[Attack, Successes] = {}
 
     def __len__(self) -> int:
         return len(self.x)
@@ -248,7 +248,9 @@ class Exam:
             self.forward += found.forward
             self.backward += found.backward
             if not precise and eps <= self.eps:
-                self._count(attack, eps, self.spread(found, only))
+                self.broken |= self.spread(found, only)
+                if only is None and eps == self.eps:
+                    self.tried[attack] = found.success
         return self._runs[key]
 
     def spread(self, found: Attacked, only: Successes | None) -> Successes:
@@ -276,12 +278,6 @@ class Exam:
                 self.pgd(steps=2 * self.budget.steps, eta=self.eta, early_stop=False), only=only, trace=True
             )
         )
-
-    def _count(self, attack: Attack, eps: float, success: Successes) -> None:
-        self.broken |= success
-        if eps == self.eps:
-            name = attack.described
-            self.tried[name] = self.tried.get(name, np.zeros(len(self), bool)) | success
 
     # What vanished
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from qlab.attacks.ball import Ball, Norm
 from qlab.attacks.base import Attacked
-from qlab.attacks.exact_cells import Box, Nearest, length
+from qlab.attacks.exact_cells import Box, Nearest
 from qlab.attacks.exact_layers import Stages, read
 from qlab.attacks.exact_milp import Milp
 from qlab.attacks.exact_patterns import MAX_PATTERNS, Patterns, count_patterns
@@ -205,7 +205,9 @@ def exact_search(
 
     def result() -> Exact:
         n = len(found)
-        parts = [np.array([getattr(f, name) for f in found]) for name in ("lower", "upper", "point", "inner", "attained")]
+        parts = [
+            np.array([getattr(f, name) for f in found]) for name in ("lower", "upper", "point", "inner", "attained")
+        ]
         lower, upper, point, inner, attained = parts
         points = torch.from_numpy(point).reshape(n, *x.shape[1:])
         # one step beyond the boundary that the dtype of x can tell
@@ -241,8 +243,8 @@ def exact_search(
         solved = len(plane.classes)
         seen = distances(plane, flat, labels, norm, float((box.high - box.low).max()))
         for i in range(len(x)):
-            near = Nearest(seen.distance[i], seen.point[i], seen.inner[i], bool(seen.attained[i]))
-            found.append(_Found.of(near if np.isfinite(near.distance) else None, flat[i], clean[i]))
+            at = Nearest(seen.distance[i], seen.point[i], seen.inner[i], bool(seen.attained[i]))
+            found.append(_Found.of(at if np.isfinite(at.distance) else None, flat[i], clean[i]))
         yield Update(1.0, f"{solved:,} cells", result())
         return
     patterns = Patterns.of(stages) if how == "patterns" else None
@@ -292,7 +294,9 @@ def _choose(method: Method, stages: Stages, norm: Norm) -> str:
         InputError: one that does not fit.
     """
     if method == "plane" and stages.inputs != 2:
-        raise InputError(f"the net takes {stages.inputs} numbers; method='plane' is for two, 'patterns' and 'milp' for more")
+        raise InputError(
+            f"the net takes {stages.inputs} numbers; method='plane' is for two, 'patterns' and 'milp' for more"
+        )
     if method == "auto":
         few = count_patterns(stages) <= MAX_PATTERNS
         method = "plane" if stages.inputs == 2 else "patterns" if few else "milp"
@@ -311,8 +315,9 @@ def _same_function(stages: Stages, x: NDArray[np.float64], z: Tensor, net: nn.Mo
     off = np.abs(ours - theirs).max(1) > 1e3 * torch.finfo(z.dtype).eps * size
     if off.mean() > 0.05:  # a single example may lie on a boundary that rounding moves
         raise InputError(
-            f"{type(net).__name__} gives other logits than its layers in exact arithmetic, for {off.mean():.0%} of the examples: rounding "
-            "decides ties of its signs. Give the net and the inputs in float64, or break the ties (odd fan-in, batch norm)"
+            f"{type(net).__name__} gives other logits than its layers in exact arithmetic, for {off.mean():.0%} of "
+            "the examples: rounding decides ties of its signs. Give the net and the inputs in float64, or break the ties "
+            "(odd fan-in, batch norm)"
         )
 
 
@@ -343,8 +348,8 @@ def overestimation(exact: Exact, attacks: Sequence[Attacked]) -> pd.DataFrame:
     for attacked in attacks:
         if attacked.norm != exact.norm or len(attacked) != len(exact) or not torch.equal(attacked.x, exact.x):
             raise InputError(
-                f"{attacked.attack} is a result in {attacked.norm} on {len(attacked)} examples; expected the {len(exact)} examples of the "
-                f"exact result, in {exact.norm}"
+                f"{attacked.attack} is a result in {attacked.norm} on {len(attacked)} examples; expected the {len(exact)} "
+                f"examples of the exact result, in {exact.norm}"
             )
         if not torch.equal(attacked.y, exact.y):
             raise InputError(f"{attacked.attack} was given other labels than the exact search")

@@ -16,17 +16,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.optimize import linprog, nnls
 
 from qlab.attacks.ball import Norm
-from qlab.attacks.exact_layers import Cell
+from qlab.attacks.exact_layers import Cell, Flags, Floats
 
-__all__ = ["Box", "Nearest", "length", "nearest"]
+__all__ = ["Box", "Nearest", "inside", "length", "nearest"]
 
 SLACK = 1e-9
 _TIGHT = {"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10}
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -63,33 +61,52 @@ def length(delta: Floats, norm: Norm) -> Floats:
     return np.linalg.norm(delta, {"linf": np.inf, "l2": 2, "l1": 1}[norm], axis=-1)
 
 
-def nearest(cell: Cell, x: Floats, norm: Norm, box: Box, below: float = np.inf) -> Nearest | None:
+def inside(cell: Cell, box: Box) -> Floats | None:
+    """Return a point (D,) of a cell within the range, well inside where there is room; None where it holds none."""
+    rows = _rows(cell)
+    if rows is None:
+        return None
+    G, h, strict = rows
+    inner = _inner(G, h, np.ones(len(h), bool), box)
+    if inner is None and not strict.all():  # a thin piece: a face of closed rows
+        inner = _inner(G, h, strict, box)
+    return inner
+
+
+def nearest(
+    cell: Cell, x: Floats, norm: Norm, box: Box, below: float = np.inf, inner: Floats | None = None
+) -> Nearest | None:
     """Return the infimum of the distance from x (D,) over a cell within the range.
 
     Args:
         cell: its rows; a row of zeros holds or does not.
         below: distances that matter; a cell farther away counts as none.
+        inner: what `inside` gives, where that is known.
 
     Returns:
         None where the cell holds no point, or none nearer than `below`.
     """
-    size = np.linalg.norm(cell.G, axis=1)
-    flat = size == 0
-    if bool((np.where(cell.open, cell.h <= 0, cell.h < 0) & flat).any()):
+    rows = _rows(cell)
+    if rows is None:
         return None
-    G, h, strict = cell.G[~flat] / size[~flat, None], cell.h[~flat] / size[~flat], cell.open[~flat]
+    G, h, strict = rows
     point = _closest(G, h, x, norm, box)
     if point is None:
         return None
     d = float(length(point - x, norm))
     if d > below:
         return None
-    inner = _inner(G, h, np.ones(len(h), bool), box)
-    if inner is None and not strict.all():  # a thin piece: a face of closed rows
-        inner = _inner(G, h, strict, box)
-    if inner is None:
+    inner = inside(cell, box) if inner is None else inner
+    return None if inner is None else Nearest(d, point, inner, _attained(G, h, strict, x, norm, box, point, d))
+
+
+def _rows(cell: Cell) -> tuple[Floats, Floats, Flags] | None:
+    """Return rows of length 1, offsets and which are open; None where a row without x does not hold."""
+    size = np.linalg.norm(cell.G, axis=1)
+    flat = size == 0
+    if bool((np.where(cell.open, cell.h <= 0, cell.h < 0) & flat).any()):
         return None
-    return Nearest(d, point, inner, _attained(G, h, strict, x, norm, box, point, d))
+    return cell.G[~flat] / size[~flat, None], cell.h[~flat] / size[~flat], cell.open[~flat]
 
 
 def _closest(G: Floats, h: Floats, x: Floats, norm: Norm, box: Box) -> Floats | None:
@@ -140,7 +157,7 @@ def _closest_l2(G: Floats, h: Floats, x: Floats, box: Box) -> Floats | None:
     return box.clip(x - r[:-1] / r[-1])
 
 
-def _inner(G: Floats, h: Floats, rows: NDArray[np.bool_], box: Box, reach: Floats | None = None) -> Floats | None:
+def _inner(G: Floats, h: Floats, rows: Flags, box: Box, reach: Floats | None = None) -> Floats | None:
     """Return a point of the box that leaves as much room as can be in the rows named, or None if there is none.
 
     Args:
@@ -159,9 +176,7 @@ def _inner(G: Floats, h: Floats, rows: NDArray[np.bool_], box: Box, reach: Float
     return box.clip(found.x[:D])
 
 
-def _attained(
-    G: Floats, h: Floats, strict: NDArray[np.bool_], x: Floats, norm: Norm, box: Box, point: Floats, d: float
-) -> bool:
+def _attained(G: Floats, h: Floats, strict: Flags, x: Floats, norm: Norm, box: Box, point: Floats, d: float) -> bool:
     """Return whether a point of the cell lies at distance d, not only in its closure."""
     if not strict.any():
         return True

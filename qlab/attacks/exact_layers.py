@@ -11,7 +11,7 @@ mode is folded into W and b. The net is taken as a function of real numbers: its
 not rounded. A number closer to a break than TIE times what was summed counts as lying on it, and logits that close as equal, of
 which the first wins.
 
-A cell is the polyhedron of inputs on which every unit keeps to one piece:  G x + h >= 0, in open rows > 0.  On it logits are affine.
+A cell is the polyhedron of inputs on which every unit keeps to one piece:  G x + h >= 0, open rows > 0.  On it logits are affine.
 
 Shapes: x (N, D), units n, breaks m, rows R, classes d.
 """
@@ -120,9 +120,7 @@ class Cell:
         if not a.any():
             tol = TIE * (abs(self.c[t]) + abs(self.c[y]))
             return self if (c >= -tol if t < y else c > tol) else None
-        return Cell(
-            np.vstack([self.G, a]), np.append(self.h, c), np.append(self.open, t > y), self.A, self.c
-        )
+        return Cell(np.vstack([self.G, a]), np.append(self.h, c), np.append(self.open, t > y), self.A, self.c)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from qlab.attacks.ball import Norm
 from qlab.attacks.exact_cells import Box, length
-from qlab.attacks.exact_layers import TIE, Floats, Pieces, Stage, Stages, Whole, first_largest, require_constant, smooth
+from qlab.attacks.exact_layers import TIE, Floats, Pieces, Stages, Whole, first_largest, require_constant, smooth
 from qlab.errors import InputError
 
 __all__ = ["Plane", "PlaneDistance", "decompose", "distances"]
@@ -222,9 +222,7 @@ def distances(plane: Plane, x: Floats, y: Whole, norm: Norm, width: float) -> Pl
         # where only the corner is of another class, its edge shrinks to it
         only = ~(cell | edge)[wanted]
         b = np.where(only[:, None], a, b)
-        inner = np.where(
-            cell[wanted, None], middles[owner[wanted]], np.where(edge[wanted, None], (a + b) / 2, a)
-        )
+        inner = np.where(cell[wanted, None], middles[owner[wanted]], np.where(edge[wanted, None], (a + b) / 2, a))
         own_edge, own_corner = edge[wanted], corner[wanted]
         points = np.flatnonzero(y == label)
         for some in np.array_split(points, max(1, -(-len(points) * len(wanted) // _CHUNK))):

@@ -89,9 +89,7 @@ class PGD(Attack):
         """Return eta for each example of a ball, (n,) float64."""
         if self.eta is not None:
             return torch.full_like(ball.eps, self.eta)
-        width = (ball.high - ball.low).double().max()
-        eps = torch.where(ball.eps.isinf(), width, ball.eps)
-        return eps / 4 if ball.norm == "linf" else 2.5 * eps / self.steps
+        return ball.radius / 4 if ball.norm == "linf" else 2.5 * ball.radius / self.steps
 
     def search(
         self, victim: Victim, ledger: Ledger, noise: torch.Generator, session: Any

@@ -17,8 +17,8 @@ CoordinateSearch asks about the next A blocks at once, each moved alone to eithe
 the best of these points is kept. So the margin never falls, and questions come in batches also for a single example. A move that
 would change nothing is not asked about, and an example is left alone once a whole pass moves nothing.
 
-The loss of a net with sign activations is a staircase: most moves of one coordinate change nothing, and a search that keeps only what
-raises the margin stands still. So moves that leave it as it is are made too (`ties`), towards an end chosen at random.
+The loss of a net with sign activations is a staircase: most moves of one coordinate change nothing, and a search that keeps only
+what raises the margin stands still. So moves that leave it as it is are made too (`ties`), towards an end chosen at random.
 
 Source: random points as a check of gradient attacks: Athalye, Carlini, Wagner 2018, arXiv 1802.00420. Search over ends of blocks:
 Moon, An, Song 2019, arXiv 1905.06635, in a plainer form.
@@ -41,7 +41,7 @@ from qlab.attacks.losses import margin, misclassified
 from qlab.attacks.victim import Victim
 from qlab.errors import InputError, UnknownNameError
 
-__all__ = ["CoordinateSearch", "RandomSearch", "reach", "score"]
+__all__ = ["CoordinateSearch", "RandomSearch", "reach", "score", "spread"]
 
 DRAWN = 64  # directions at a time: which ones there are must not hang on how many examples are left
 LEAST = 1e-300
@@ -59,7 +59,7 @@ def reach(ball: Ball) -> Tensor:
     return torch.where(ball.eps.isinf(), diameter, ball.eps)
 
 
-def _spread(values: Tensor, dim: int) -> Tensor:
+def spread(values: Tensor, dim: int) -> Tensor:
     """Return values (n,) as (n, 1, ...) with `dim` dimensions."""
     return values.reshape(-1, *(1,) * (dim - 1))
 
@@ -111,7 +111,7 @@ class RandomSearch(Attack):
         else:
             d = torch.randn(shape, generator=noise, dtype=torch.float64)
             radius = torch.rand(DRAWN, generator=noise, dtype=torch.float64)
-            d = d * _spread(radius / norms(d, ball.norm), d.dim())
+            d = d * spread(radius / norms(d, ball.norm), d.dim())
         return d.to(ball.x.device)
 
     @staticmethod
@@ -120,9 +120,7 @@ class RandomSearch(Attack):
         k = len(d)
         rows = at.repeat_interleave(k)
         ball = ledger.ball.take(rows)
-        points = ball.project(
-            ball.x.double() + _spread(reach(ball), d.dim()) * d.repeat(len(at), *(1,) * (d.dim() - 1))
-        )
+        points = ball.project(ball.x.double() + spread(reach(ball), d.dim()) * d.repeat(len(at), *(1,) * (d.dim() - 1)))
         z = victim.logits(points)
         best = score(z, ledger.y[rows]).reshape(len(at), k).argmax(1) + k * torch.arange(len(at), device=at.device)
         ledger.see(at, points[best], z[best])

@@ -199,26 +199,26 @@ def scaled(
     return f
 
 
-def jacobians(net: nn.Module, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def jacobians(net: Callable[[Tensor], Tensor], x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield logits (n, d) and J = dz / dx (n, d, D) of consecutive parts of x, d backward passes at once; all detached.
 
     Args:
         net: a torch module in eval mode; examples must not see each other. A net without any gradient has a J of zeros.
         x: (N, ...) inputs.
     """
-    with torch.no_grad():
-        d = net(x[:1]).shape[1]
-    eye = torch.eye(d, dtype=x.dtype, device=x.device)[:, None]
-    for part in x.detach().split(max(1, _NUMBERS // (d * x[0].numel()))):
-        part = part.clone().requires_grad_()
+    x, at, size = x.detach(), 0, 1  # the first part is one input, which tells how many classes there are
+    while at < len(x):
+        part = x[at : at + size].clone().requires_grad_()
         with torch.enable_grad():
             z = net(part)
+        n, d = z.shape
         J = None
         if z.requires_grad:
-            rows = eye.to(z.dtype).expand(d, len(part), d)
+            rows = torch.eye(d, dtype=z.dtype, device=z.device)[:, None].expand(d, n, d)
             (J,) = torch.autograd.grad(z, part, rows, is_grads_batched=True, allow_unused=True)
         J = part.new_zeros(d, *part.shape) if J is None else J
         yield z.detach(), J.detach().flatten(2).transpose(0, 1)
+        at, size = at + size, max(1, _NUMBERS // (d * x[0].numel()))
 
 
 def njs_beta1(net: nn.Module, x: Tensor) -> float:
@@ -335,7 +335,6 @@ def _inverse_mean(parts: Iterator[tuple[Tensor, Tensor]]) -> float:
 
 def _counted(victim: Victim, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the Jacobians of the victim's net, booking a question and d backward passes for each input."""
-    for z, J in jacobians(victim.net, x):
-        victim.count["forward"] += len(z)
-        victim.count["backward"] += len(z) * z.shape[1]
+    for z, J in jacobians(victim.differentiable, x):
+        victim.count["backward"] += len(z) * (z.shape[1] - 1)
         yield z, J

@@ -14,7 +14,7 @@ Source: Papernot et al. 2017, arXiv 1602.02697; Athalye et al. 2018, arXiv 1802.
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class Transfer(Attack):
     """
 
     source: nn.Module
-    attack: Attack = PGD(early_stop=False)
+    attack: Attack = field(default_factory=lambda: PGD(early_stop=False))
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, nn.Module):
@@ -65,8 +65,7 @@ class Transfer(Attack):
         # The attack's own bookkeeping, of the twin: no early stop, for a larger margin there transfers better.
         book = Ledger(twin, ledger.ball.take(at), ledger.y[at], "worst", False, False)
         book.clean = torch.ones_like(book.clean)
-        for done in self.attack.search(twin, book, noise, found):
-            yield done
+        yield from self.attack.search(twin, book, noise, found)
         ledger.ask(at, book.points)
         yield 1.0
 

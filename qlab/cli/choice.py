@@ -1,8 +1,8 @@
 """Which method, data set and net a `fit` or `test` command means, found before Lightning is imported.
 
-`--method NAME`, `--data NAME`, `--net NAME` and `--robust NAME` choose; everything else (`--method.lr 0.1`, `--trainer.max_epochs 3`) belongs to
-`qlab.cli.training`, whose options depend on the choice. A config file and the config.yaml beside a checkpoint choose too;
-the command line wins.
+`--method NAME`, `--data NAME`, `--net NAME` and `--robust NAME` choose; everything else (`--method.lr 0.1`,
+`--trainer.max_epochs 3`) belongs to `qlab.cli.training`, whose options depend on the choice. A config file and the config.yaml
+beside a checkpoint choose too; the command line wins.
 """
 
 from __future__ import annotations

@@ -224,7 +224,7 @@ EXPERIMENT = Experiment(
     title="Temperature-scaled attacks break what plain ones leave",
     claim=(
         "where the softmax of a binary net saturates, a temperature gains more than five points of adversarial accuracy beyond "
-        "what it gains on the float net (FGSM on binary weights, FGSM and PGD on binary weights and activations), PGD++ leaves at most "
+        "what it gains on the float net (FGSM on binary weights, FGSM and PGD on both), PGD++ leaves at most "
         "five percent of the binary nets, and the float net does not look more than three points more robust to it"
     ),
     rule=Rule(

@@ -233,7 +233,8 @@ class Method(Robustness):
             if replay:  # Lightning moves the learning rate once for each batch
                 schedulers = self.lr_schedulers()
                 for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
-                    scheduler.step()  # type: ignore[union-attr]
+                    if scheduler is not None:
+                        scheduler.step()
             super().optimizer_step(*args, **kwargs)
             self.end_step()
 

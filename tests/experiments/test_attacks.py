@@ -12,7 +12,7 @@ from qlab.methods import create
 
 
 def test_it_stands_on_the_shelf() -> None:
-    assert EXPERIMENTS["attacks"].load() is EXPERIMENT
+    assert EXPERIMENTS.load("attacks") is EXPERIMENT
 
 
 @pytest.mark.parametrize(("data", "scale"), list(SIZES))

@@ -24,25 +24,20 @@ if TYPE_CHECKING:
 __all__ = ["ROBUST", "TRADES", "FastTraining", "FreeTraining", "PGDTraining", "RobustTraining"]
 
 ROBUST: Registry[Entry] = Registry(
-    "robust training",
-    [
-        Entry(
-            "pgd",
-            "Adversarial training: the loss at the end of projected gradient ascent",
-            "qlab.methods.robust.pgd:PGDTraining",
-        ),
-        Entry("trades", "TRADES: the loss, plus how far the answer can be moved", "qlab.methods.robust.trades:TRADES"),
-        Entry(
-            "fast",
-            "Fast adversarial training: one large step from a random start",
-            "qlab.methods.robust.fast:FastTraining",
-        ),
-        Entry(
-            "free",
-            "Free adversarial training: every batch replayed, one backward pass for weights and inputs",
-            "qlab.methods.robust.free:FreeTraining",
-        ),
-    ],
+    "training for robustness",
+    (
+        Entry(name, title, f"qlab.methods.robust.{name}:{cls}")
+        for name, title, cls in (
+            ("pgd", "Adversarial training: the loss at the end of projected gradient ascent", "PGDTraining"),
+            ("trades", "TRADES: the loss, plus how far the answer can be moved", "TRADES"),
+            ("fast", "Fast adversarial training: one large step from a random start", "FastTraining"),
+            (
+                "free",
+                "Free adversarial training: batches replayed, one backward pass for weights and inputs",
+                "FreeTraining",
+            ),
+        )
+    ),
 )
 
 _HOME = {

@@ -125,7 +125,7 @@ class RobustTraining(ABC):
     def objective(self, method: Method, x: Tensor, y: Tensor) -> Tensor:
         """Return what a step of the method minimises on a batch."""
 
-    def after_backward(self, method: Method) -> None:
+    def after_backward(self, method: Method) -> None:  # noqa: B027
         """Act on the gradients of the pass that has just ended."""
 
     # ---- what they share --------------------------------------------------------------------------------------------
@@ -199,13 +199,13 @@ def aside(net: nn.Module, statistics: Statistics) -> Iterator[None]:
     off = (_DropoutNd, _BatchNorm) if statistics == "running" else (_DropoutNd,)
     changed = [m for m in net.modules() if m.training and isinstance(m, off)]
     kept = [(m, k, b, b.clone()) for m in net.modules() for k, b in m._buffers.items() if b is not None]
-    for module in changed:
-        module.training = False
+    for part in changed:
+        part.training = False
     try:
         yield
     finally:
-        for module in changed:
-            module.training = True
+        for part in changed:
+            part.training = True
         with torch.no_grad():
             for module, name, buffer, values in kept:
                 buffer.copy_(values)
