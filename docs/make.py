@@ -33,7 +33,8 @@ with types and defaults; the module docstring of its file holds equations, sourc
 
 ## The 20 papers
 
-"runs": a method of the paper can be trained and is covered by the contract tests. "planned": not yet.
+"runs": a method of the paper can be trained and is covered by the contract tests, or what the paper has instead of one is there.
+"planned": not yet.
 
 <!-- papers:begin -->
 <!-- papers:end -->

@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qlab import binary, data, diagnose, experiments, jobs, methods, models, plots, quantizers
+    from qlab import attacks, binary, data, diagnose, experiments, jobs, methods, models, plots, quantizers
     from qlab.methods import load
     from qlab.methods.catalog import CATALOG
     from qlab.models import build
@@ -27,6 +27,7 @@ __all__ = [
     "CATALOG",
     "Run",
     "__version__",
+    "attacks",
     "binary",
     "build",
     "data",
@@ -43,7 +44,9 @@ __all__ = [
     "quantizers",
 ]
 
-_ROOMS = frozenset({"binary", "data", "diagnose", "experiments", "jobs", "methods", "models", "plots", "quantizers"})
+_ROOMS = frozenset(
+    {"attacks", "binary", "data", "diagnose", "experiments", "jobs", "methods", "models", "plots", "quantizers"}
+)
 _HOME = {
     "CATALOG": "qlab.methods.catalog",
     "Run": "qlab.runs",

@@ -33,7 +33,7 @@ from qlab.errors import InputError, QlabError, UnknownNameError
 
 __all__ = ["Comparison", "Row", "benchmarks", "compare", "report", "run"]
 
-GoalKind = Literal["ratio", "seconds", "extra seconds", "times"]
+GoalKind = Literal["ratio", "seconds", "extra seconds", "difference", "times"]
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Comparison:
         peer: what a user would pick instead, doing the same work.
         peer_name: what that is.
         goal: a bound; None makes the row a figure without a goal.
-        goal_kind: of what: "ratio" ours/peer, "seconds" of ours, "extra seconds" of ours over peer, all from above;
-            "times", peer/ours, from below.
+        goal_kind: of what: "ratio" ours/peer, "seconds" of ours, "extra seconds" (or "difference" of figures) of ours over peer,
+            all from above; "times", peer/ours, from below.
         rounds: timed runs of each.
         warmup: untimed runs of each before.
         unit: of what is compared. Other than "s", both sides return their figure, such as a size in KB.
@@ -130,6 +130,11 @@ def _seconds(work: Callable[[], object]) -> float:
     return own if isinstance(own, float) else wall
 
 
+def _ratio(a: float, b: float) -> float:
+    """Return a / b; figures, unlike times, may be 0."""
+    return a / b if b else 1.0 if a == b else float("inf")
+
+
 def _spread(times: list[float]) -> float:
     if len(times) < 2:
         return 0.0
@@ -155,12 +160,14 @@ def compare(comparison: Comparison) -> Row:
     finally:
         if collecting:
             gc.enable()
-    ratio = statistics.median(map(operator.truediv, ours, peer))
+    ratio = statistics.median(_ratio(a, b) for a, b in zip(ours, peer, strict=True))
+    difference = statistics.median(map(operator.sub, ours, peer))
     measured = {
         "ratio": ratio,
         "seconds": statistics.median(ours),
-        "extra seconds": statistics.median(map(operator.sub, ours, peer)),
-        "times": 1 / ratio,
+        "extra seconds": difference,
+        "difference": difference,
+        "times": 1 / ratio if ratio else float("inf"),
     }[comparison.goal_kind]
     median = statistics.median(ours)
     rate = None if comparison.operations is None else comparison.operations / median

@@ -3,26 +3,27 @@ r"""Auto-PGD: projected gradient descent with momentum that finds its step lengt
     z       = P( x_k + eta dir(g_k) )                                      dir = sign for l_inf, g / ||g||_2 for l2
     x_{k+1} = P( x_k + alpha (z - x_k) + (1 - alpha) (x_k - x_{k-1}) )     alpha = 1 for the first step, then 0.75
 
-eta starts at 2 eps. At each checkpoint w_j it is halved, and the walk goes on from its best point x_best and the gradient there, where
+eta starts at 2 eps. At a checkpoint w_j it is halved, and the walk goes on from its best point x_best and the gradient there, where
 
     (1)  #{ k in window j : L(x_{k+1}) > L(x_k) } <= rho |window j|        rho = 0.75: it mostly jumps to and fro, or
     (2)  eta was not halved at w_{j-1}, and L(x_best) did not grow since.
 
 Windows have p_1 = 0.22 T, p_{j+1} = max(p_j - 0.03 T, 0.06 T) steps, each rounded down and at least 1.
 
-For l1 the steps are sparse: the signs of the s largest entries of g, divided by s, without momentum. eta starts at eps, and s at a
-fifth of the coordinates. After every 0.04 T steps s becomes 2/3 of the number of coordinates in which x_best differs from x; where
-that number fell by over 5 %, eta starts again at eps and the walk goes on from x_best; elsewhere eta is divided by 1.5, down to eps / 10.
+For l1 the steps are sparse: the signs of the s largest entries of g, divided by s, without momentum. eta starts at eps, s at a
+fifth of the coordinates. After every 0.04 T steps s becomes 2/3 of the number of coordinates in which x_best differs from x. Where
+that number fell by over 5 %, eta starts again at eps and the walk goes on from x_best; elsewhere eta is divided by 1.5, down to
+eps / 10.
 
 `APGD` maximises a loss, `APGDT` a targeted one towards each of the nearest classes in turn. With `qlab.attacks.scaling` the logits
 are multiplied by beta first.
 
 Source: Croce, Hein 2020, arXiv 2003.01690; Croce, Hein 2021, arXiv 2103.01208 (l1); public code: fra31/auto-attack.
 
-Deviations from that code. (a) In the first window it compares L(x_1) with a zero, and after a restart with the loss of the point that
-was left; here L(x_k) is always the loss where the step began. (b) Condition (2) is asked at w_1 too, about w_0 = 0, as in the paper.
-(c) beta is found at the start of each walk and kept: if it changed from step to step, losses could not be compared. (d) No gradient is
-taken at the last point. (e) The l1 attack has one radius, not a falling row of three.
+Deviations from that code. (a) In the first window it compares L(x_1) with a zero, and after a restart with the loss of the point
+that was left; here L(x_k) is always the loss where the step began. (b) Condition (2) is asked at w_1 too, about w_0 = 0, as in the
+paper. (c) beta is found at the start of each walk and kept: if it changed from step to step, losses could not be compared. (d) No
+gradient is taken at the last point. (e) The l1 attack has one radius, not a falling row of three.
 
 Shapes: n examples under attack, D = x.numel() / N; x (n, ...), losses and step lengths (n,).
 """

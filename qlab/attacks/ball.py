@@ -145,13 +145,16 @@ class Ball:
         """Return the nearest points of B to points (n, ...) outside, for p = 2 and 1."""
         x = self.x.double()
         delta = points.double() - x
-        room = torch.where(delta > 0, self.high.double() - x, x - self.low.double())
+        side = torch.where(delta > 0, self.high, self.low)
+        room = (side.double() - x).abs()
         a, c = delta.abs().flatten(1), room.flatten(1)
-        size = _shrink_l2(a, c, self.eps) if self.norm == "l2" else _shrink_l1(a, c, self.eps)
-        within = (1 - SLACK) * self.eps / norms(size, self.norm)
+        shrink = _shrink_l2 if self.norm == "l2" else _shrink_l1
+        size = shrink(a, c, (1 - 2 * SLACK) * self.eps)
+        within = (1 - SLACK) * self.eps / norms(size, self.norm)  # below 1 only where that sum was rounded up
         size = (size * within.clamp(max=1)[:, None]).reshape(delta.shape)
         end = (x + delta.sign() * size).to(self.x.dtype)
-        return self.clip(torch.where((end.double() - x).abs() > size, _inward(end, self.x), end))
+        end = torch.where((end.double() - x).abs() > size, _inward(end, self.x), end)
+        return torch.where((size >= room) & (delta != 0), side, end)
 
     @property
     def radius(self) -> Tensor:

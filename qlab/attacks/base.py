@@ -99,7 +99,7 @@ class Attacked(Result):
     @property
     def accuracy(self) -> float:
         """Share of examples that are still classified correctly: the adversarial accuracy A."""
-        return float(1 - self.success.mean())
+        return int((~self.success).sum()) / len(self)
 
     def within(self, eps: float) -> NDArray[np.bool_]:
         """Return whether a point was found within a smaller radius, (N,); for attacks that look for the nearest point."""
@@ -138,12 +138,17 @@ class Attacked(Result):
             text += f"; median distance of what it found {np.median(found):.4g}"
         return text + ". One attack proves no robustness: an example that it missed may be broken by another."
 
+    @property
+    def unmoved(self) -> Step:
+        """The step that stands for a batch of which nothing was asked: all broken from the start."""
+        return Step(self.x, torch.full((len(self),), torch.nan, dtype=torch.float64, device=self.y.device), None)
+
     @classmethod
     def joined(cls, parts: Sequence[Attacked]) -> Attacked:
         """Return the results of consecutive batches as one."""
         trace = None
         if all(part.trace is not None for part in parts):
-            trace = tuple(_join_steps(steps) for steps in _aligned([part.trace or () for part in parts]))
+            trace = tuple(_join_steps(steps) for steps in _aligned([part.trace or (part.unmoved,) for part in parts]))
         arrays: dict[str, Any] = {
             name: np.concatenate([getattr(part, name) for part in parts])
             for name in ("clean", "success", "distance", "margin", "at_end")
@@ -158,15 +163,15 @@ class Attacked(Result):
 def _aligned(traces: Sequence[Trace]) -> list[list[Step]]:
     """Return traces of batches step by step; a batch that ended early stands still."""
     length = max(len(trace) for trace in traces)
-    return [[trace[min(t, len(trace) - 1)] for trace in traces if trace] for t in range(length)]
+    return [[trace[min(t, len(trace) - 1)] for trace in traces] for t in range(length)]
 
 
 def _join_steps(steps: Sequence[Step]) -> Step:
-    gradients = [step.gradient for step in steps]
+    gradients = [torch.zeros_like(step.points) if step.gradient is None else step.gradient for step in steps]
     return Step(
         torch.cat([step.points for step in steps]),
         torch.cat([step.loss for step in steps]),
-        None if any(g is None for g in gradients) else torch.cat([g for g in gradients if g is not None]),
+        None if all(step.gradient is None for step in steps) else torch.cat(gradients),
     )
 
 
@@ -370,6 +375,8 @@ class Attack(ABC):
         radius = math.inf if eps is None else eps
         if isinstance(radius, bool) or not isinstance(radius, Real) or not radius > 0:
             raise InputError(f"eps is {eps!r:.40}; expected a positive number, in the units of the inputs")
+        if self.batch < 1 or self.seed < 0:
+            raise InputError(f"batch is {self.batch!r} and seed {self.seed!r}; expected at least 1, and at least 0")
         if norm in NORMS and norm not in self.norms:
             raise InputError(f"{self.name} is made for {', '.join(self.norms)}, not for {norm}")
         draws = getattr(getattr(self, "estimator", None), "draws", None)  # of a random net; see `estimators.EOT`

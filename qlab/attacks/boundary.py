@@ -1,23 +1,29 @@
 r"""Boundary attack: a random walk along the decision boundary towards the input, from decisions alone.
 
-    x^_0     = a misclassified point: the nearest input of another class, or noise, moved towards x to the boundary by bisection
-    step     D = ||x^_k - x||_p
-      l_2    o = x + D (x^_k + delta D u - x) / ||x^_k + delta D u - x||_2       u orthogonal to x^_k - x, ||u||_2 = 1: on the sphere
-             s = o + (x - o) (1 - (1 - e) D / ||o - x||_2)                       nearer by the share e
-      l_inf  o = clip(x^_k + delta D u, x - D, x + D)                            u in {-1, 0, 1}^N, random density
-             s = clip(o, x - (1 - e) D, x + (1 - e) D)                           nearer by the share e: the cube shrinks
-    x^_{k+1} = s if s is misclassified, else x^_k
+x^_0 is a misclassified point, the nearest input of another class or noise, moved towards x to the boundary by bisection. Each step
+asks two questions at the distance D = ||x^ - x||_p, and moves where the net is wrong.
 
-Both are moved into the range. Only argmax is used: any increasing function of the logits, and any scale, gives the same walk. Sizes
-belong to each example and follow its success: log delta rises by a (1 - 1/2) where o is misclassified and falls by a / 2 else, so half
-of the orthogonal steps succeed; e likewise with a quarter of s. An example is left alone once e falls below `converged`.
+l_2     o = x + D v / ||v||_2,  v = x^ - x + delta D u      u orthogonal to x^ - x, ||u||_2 = 1: a step on the sphere around x
+        s = x + (1 - e) D (o - x) / ||o - x||_2             that step brought nearer by the share e
+        x^ <- s if s is misclassified
 
-Deviations from the paper: sizes change a little at every step, where the paper looks at the success over the last ones; a step of the
-l_inf version is ours, the paper has l_2 only; x^_0 is found by bisection, as in the code of Foolbox.
+l_inf   o = x + clip(x^ - x with a run of coordinates put to an end +-D, (1 - TRIFLE) D)      a step on the cube around x
+        s = x + clip(x^ - x, (1 - e) D)                                                       the cube made smaller by the share e
+        x^ <- s or o, the nearer of those that are misclassified
+
+All points are moved into the range. Only argmax is used: any increasing function of the logits, any scale, gives the same walk.
+
+Sizes belong to each example and follow its success: delta grows by exp(a (1 - q)) where o is misclassified and falls by exp(-a q)
+else, so that a share q of these steps succeeds; e likewise with s. In l_2, q is 1/2 for o and 1/4 for s, and an example is left
+alone once e falls below `converged`. In l_inf, q is 1/4 for both, delta is the share of coordinates that a run takes, and the walk
+goes on to the end, since there may always be a better run. Where a run would change nothing, its sign is turned round.
+
+Deviations from the paper: sizes change a little at every step, where the paper looks at the success over the last ones; the paper
+has l_2 only, and the l_inf step borrows its runs of coordinates from RayS; x^_0 is found by bisection, as in the code of Foolbox.
 
 A radius eps bounds what counts as found, not the walk, which begins far away.
 
-Source: Brendel, Rauber, Bethge 2018, arXiv 1712.04248 (l_2).
+Source: Brendel, Rauber, Bethge 2018, arXiv 1712.04248; Chen, Gu 2020, arXiv 2006.12792 (RayS).
 
 Shapes: x (N, ...), n of the examples.
 """
@@ -25,6 +31,7 @@ Shapes: x (N, ...), n of the examples.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -41,9 +48,11 @@ from qlab.errors import InputError, UnknownNameError
 
 __all__ = ["Boundary"]
 
-ORTHOGONAL_TARGET, SOURCE_TARGET = 0.5, 0.25  # success rates that the sizes aim at
+HALF, QUARTER = 0.5, 0.25  # success rates that the sizes aim at
+TRIFLE = 1e-3  # an l_inf run must gain so much of the distance: what it gains beyond, s finds out
+LEAST = 1e-6  # of e in l_inf
+TINY = 1e-12
 TRIES = 64  # noise points asked about for each example that has no other start
-LARGEST = 0.5  # of e: a step cannot go all the way
 
 
 @dataclass(frozen=True)
@@ -53,18 +62,18 @@ class Boundary(Attack):
     Args:
         steps: T; two questions each.
         start: "class": the nearest input of the batch that the net takes for another class, noise where there is none; "noise".
-        orthogonal: delta to begin with, as a share of the distance.
-        source: e to begin with, as a share of the distance.
+        orthogonal: delta to begin with.
+        source: e to begin with.
         adapt: a, how fast sizes follow success.
-        converged: e below which an example is left alone.
+        converged: e below which an example is left alone (l_2).
         bisections: halvings of the line from x to the start.
     """
 
     steps: int = 2000
     start: Literal["class", "noise"] = "class"
-    orthogonal: float = 0.1
+    orthogonal: float = 0.3
     source: float = 0.1
-    adapt: float = 0.1
+    adapt: float = 0.3
     converged: float = 1e-7
     bisections: int = 10
 
@@ -89,25 +98,23 @@ class Boundary(Attack):
         self, victim: Victim, ledger: Ledger, noise: torch.Generator, session: Any
     ) -> Generator[float, None, None]:
         """Start, then walk."""
-        ball, y = ledger.ball, ledger.y
+        ball = ledger.ball
         points, at = self._starts(victim, ledger, noise)
         points = self._bisect(victim, ledger, at, points)
-        draw = _sphere if ball.norm == "l2" else _cube
-        delta = torch.full_like(ball.eps, self.orthogonal).clone()
-        e = torch.full_like(ball.eps, self.source).clone()
+        walk = (_Sphere if ball.norm == "l2" else _Cube)(ball, self)
         for k in range(self.steps):
-            at = at[e[at] >= self.converged]
+            at = at[walk.going[at]]
             if not len(at):
                 return
-            proposals = draw(ball, at, points[at], delta[at], e[at], noise)
+            proposals = walk.propose(at, points[at], noise)
             z = victim.logits(torch.cat(proposals))
-            orthogonal, nearer = misclassified(z, y[at].repeat(2)).chunk(2)
-            moved = at[nearer]
-            points[moved] = proposals[1][nearer]
-            ledger.see(moved, points[moved], z[len(at) :][nearer])
-            ledger.step(at, points[at], margin(z[len(at) :], y[at]))
-            delta[at] *= torch.exp(self.adapt * (orthogonal.double() - ORTHOGONAL_TARGET))
-            e[at] = (e[at] * torch.exp(self.adapt * (nearer.double() - SOURCE_TARGET))).clamp(max=LARGEST)
+            wrong = misclassified(z, ledger.y[at].repeat(2)).reshape(2, -1)
+            which = walk.choose(at, wrong)  # (n,): 0 or 1, and -1 to stay
+            moved, row = at[which >= 0], (which >= 0).nonzero()[:, 0] + len(at) * which[which >= 0]
+            points[moved] = torch.cat(proposals)[row]
+            ledger.see(moved, points[moved], z[row])
+            ledger.step(at, points[at], margin(z[len(at) :], ledger.y[at]))
+            walk.learn(at, wrong)
             yield (k + 1) / self.steps
 
     def _starts(self, victim: Victim, ledger: Ledger, noise: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -162,39 +169,106 @@ def _noise(ball: Ball, noise: torch.Generator, corner: bool) -> Tensor:
     return ball.clip((low + u * (high - low)).to(ball.x.dtype))
 
 
-def _sphere(
-    ball: Ball, at: Tensor, points: Tensor, delta: Tensor, e: Tensor, noise: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Return an orthogonal step on the l_2 sphere around x, and that step brought nearer, (n, ...) each."""
-    x = ball.x[at].double()
-    away = points.double() - x
-    D = norms(away, "l2")
-    u = torch.randn(ball.x.shape, generator=noise, dtype=torch.float64).to(x.device)[at]
-    along = (u * away).flatten(1).sum(1) / D.square()
-    u = u - spread(along, u.dim()) * away
-    u = u * spread(delta * D / norms(u, "l2"), u.dim())
-    o = ball.clip((x + (away + u) / spread((1 + delta.square()).sqrt(), u.dim())).to(points.dtype))
-    away = o.double() - x
-    shrink = ((1 - e) * D / norms(away, "l2")).clamp(max=1)  # clipping may have brought it nearer already
-    return o, ball.clip((x + spread(shrink, u.dim()) * away).to(points.dtype))
+class _Walk(ABC):
+    """Steps of a batch and their sizes.
+
+    Args:
+        ball: around the inputs.
+        attack: the settings.
+
+    Attributes:
+        delta: (N,) float64 size of steps at the same distance.
+        e: (N,) float64 size of steps towards the input.
+        going: (N,) whether an example is worth another step.
+    """
+
+    targets: ClassVar[tuple[float, float]]
+
+    def __init__(self, ball: Ball, attack: Boundary) -> None:
+        self.ball, self.adapt = ball, attack.adapt
+        self.delta = torch.full_like(ball.x.flatten(1)[:, 0], attack.orthogonal, dtype=torch.float64)
+        self.e = torch.full_like(self.delta, attack.source)
+        self.going = torch.ones_like(self.delta, dtype=torch.bool)
+
+    @abstractmethod
+    def propose(self, at: Tensor, points: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Return o and s for the examples at (n,) that stand at points (n, ...)."""
+
+    @abstractmethod
+    def choose(self, at: Tensor, wrong: Tensor) -> Tensor:
+        """Return where to move (n,), 0 for o, 1 for s, -1 for nowhere, from which are misclassified, (2, n)."""
+
+    def learn(self, at: Tensor, wrong: Tensor) -> None:
+        """Let sizes follow success (2, n)."""
+        for size, success, target in zip((self.delta, self.e), wrong.double(), self.targets, strict=True):
+            size[at] *= torch.exp(self.adapt * (success - target))
+        self.e.clamp_(max=HALF)  # a step cannot go all the way
 
 
-def _cube(
-    ball: Ball, at: Tensor, points: Tensor, delta: Tensor, e: Tensor, noise: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Return a step within the l_inf ball of the distance around x, and that step brought nearer, (n, ...) each."""
-    x = ball.x[at].double()
-    D = norms(points.double() - x, "linf")
-    shape = ball.x.shape
-    N = shape[1:].numel()
-    signs = 2.0 * torch.randint(0, 2, shape, generator=noise, dtype=torch.int8).double() - 1
-    # Most coordinates of a near point stand at an end already, and to move them loses ground: some steps move only a few.
-    density = N ** -torch.rand(len(ball.x), generator=noise, dtype=torch.float64)
-    kept = torch.rand(shape, generator=noise, dtype=torch.float64) < spread(density, len(shape))
-    u = (signs * kept).to(x.device)[at]
-    reach = spread(D, u.dim())
-    o = ball.clip(
-        (x + (points.double() - x + spread(delta, u.dim()) * reach * u).clamp(-reach, reach)).to(points.dtype)
-    )
-    reach = spread((1 - e) * D, u.dim())
-    return o, ball.clip((x + (o.double() - x).clamp(-reach, reach)).to(points.dtype))
+class _Sphere(_Walk):
+    """l_2."""
+
+    targets = (HALF, QUARTER)
+
+    def __init__(self, ball: Ball, attack: Boundary) -> None:
+        super().__init__(ball, attack)
+        self.converged = attack.converged
+
+    def propose(self, at: Tensor, points: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+        x = self.ball.x[at].double()
+        dim = x.dim()
+        away = points.double() - x
+        D = norms(away, "l2")
+        u = torch.randn(self.ball.x.shape, generator=noise, dtype=torch.float64).to(x.device)[at]
+        u = u - spread((u * away).flatten(1).sum(1) / D.square(), dim) * away
+        v = away + u * spread(self.delta[at] * D / norms(u, "l2").clamp(min=TINY), dim)
+        o = self._inside(x + v * spread(D / norms(v, "l2"), dim))
+        away = o.double() - x
+        shrink = ((1 - self.e[at]) * D / norms(away, "l2")).clamp(max=1)  # the range may have brought it nearer already
+        return o, self._inside(x + away * spread(shrink, dim))
+
+    def _inside(self, points: Tensor) -> Tensor:
+        return self.ball.clip(points.to(self.ball.x.dtype))
+
+    def choose(self, at: Tensor, wrong: Tensor) -> Tensor:
+        return torch.where(wrong[1], 1, -1)
+
+    def learn(self, at: Tensor, wrong: Tensor) -> None:
+        super().learn(at, wrong)
+        self.going = self.e >= self.converged
+
+
+class _Cube(_Walk):
+    """l_inf."""
+
+    targets = (QUARTER, QUARTER)
+
+    def propose(self, at: Tensor, points: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor]:
+        x = self.ball.x[at].double().flatten(1)
+        away = points.double().flatten(1) - x
+        D = norms(away, "linf")[:, None]
+        N = x.shape[1]
+        draws = torch.randint(0, 2 * N, (len(self.ball.x), 1), generator=noise).to(x.device)[at]
+        first, end = draws % N, torch.where(draws < N, D, -D)
+        run = (torch.arange(N, device=x.device) - first) % N < (self.delta[at, None] * N).round().clamp(min=1)
+        there = self._inside(x + torch.where(run, end, away))
+        same = (there == points).flatten(1).all(1)[:, None]
+        turned = torch.where(run, torch.where(same, -end, end), away)
+        o, s = (
+            self._inside(x + move.clamp(-reach, reach))
+            for move, reach in ((turned, (1 - TRIFLE) * D), (away, (1 - self.e[at, None]) * D))
+        )
+        return o, s
+
+    def _inside(self, flat: Tensor) -> Tensor:
+        return self.ball.clip(flat.reshape(-1, *self.ball.x.shape[1:]).to(self.ball.x.dtype))
+
+    def choose(self, at: Tensor, wrong: Tensor) -> Tensor:
+        o, s = wrong
+        return torch.where(s & ~(o & (self.e[at] < TRIFLE)), 1, torch.where(o, 0, -1))
+
+    def learn(self, at: Tensor, wrong: Tensor) -> None:
+        super().learn(at, wrong)
+        self.e.clamp_(min=LEAST)
+        self.delta.clamp_(max=1.0)
+        self.delta.clamp_(min=1 / self.ball.x[0].numel())

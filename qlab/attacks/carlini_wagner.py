@@ -15,6 +15,9 @@ that the rule just given, as the authors' code has it, would leave it alone befo
 that was not broken yet in this run is left alone only if its objective has not fallen at all. And clamping, which has no flat
 places, is the default here; the paper prefers tanh.
 
+The step of Adam, lr W, is the resolution: examples that lie nearer to the boundary are broken, but their distance comes out coarse.
+The margin follows the class of largest logit, which need not be the nearest: with many classes FAB often finds nearer points.
+
 Source: Carlini, Wagner 2017, arXiv 1608.04644 (section 6.1); constants as in the authors' code.
 
 Shapes: x (N, ...), c (n,), v (n, ...).
@@ -22,7 +25,6 @@ Shapes: x (N, ...), c (n,), v (n, ...).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -33,6 +35,7 @@ from torch import Tensor
 from qlab.attacks.ball import Ball, Norm, norms
 from qlab.attacks.base import Attack, Ledger
 from qlab.attacks.estimators import BACKPROP, Estimator
+from qlab.attacks.hyperplane import span
 from qlab.attacks.losses import margin
 from qlab.attacks.victim import Victim
 from qlab.errors import InputError, UnknownNameError
@@ -174,8 +177,7 @@ class Change:
     def __init__(self, ball: Ball, box: Box) -> None:
         self.ball, self.box = ball, box
         self.low, self.high = ball.low.double(), ball.high.double()
-        width = float((self.high - self.low).max())
-        self.width = width if math.isfinite(width) else 1.0
+        self.width = span(ball)
 
     def start(self, x: Tensor) -> Tensor:
         """Return v of inputs x."""

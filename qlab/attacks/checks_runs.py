@@ -28,7 +28,7 @@ from qlab.data.seeding import generator
 from qlab.errors import InputError, UnknownNameError
 from qlab.jobs import Update
 
-__all__ = ["BUDGETS", "Budget", "Exam", "Frozen"]
+__all__ = ["BUDGETS", "Budget", "Exam"]
 
 T = TypeVar("T")
 Work = Generator[Update, None, T]
@@ -82,41 +82,18 @@ def budget_of(budget: str | Budget) -> Budget:
     return BUDGETS[budget]
 
 
-class Frozen(nn.Module):
-    """A random net with its noise fixed, or averaged: the mean logits of some draws, the same for the same batch.
-
-    It seeds torch's global generator for the net's own layers and puts it back. A net with a generator of its own stays random.
-
-    Args:
-        net: inputs to logits.
-        draws: how many answers the mean is of.
-        seed: of the first one.
-    """
-
-    def __init__(self, net: nn.Module, draws: int = 1, seed: int = 0) -> None:
-        super().__init__()
-        self.net, self.draws, self.seed = net, draws, seed
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return mean logits (n, d)."""
-        devices = [x.device] if x.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.seed)
-            return torch.stack([self.net(x) for _ in range(self.draws)]).mean(0)
-
-
 @dataclass
 class Exam:
     """A net, a batch, and the runs made so far.
 
     Args:
-        net: deployed, in eval mode; a `Frozen` one where the net is random.
+        net: deployed, in eval mode.
         x, y: the batch.
         eps, norm, low, high, fast: as for an attack.
         twin: a float net that transfer attacks start from.
         budget: how much to ask.
         seed: of all random choices.
-        random: the net as it was, where it answers twice differently.
+        random: whether it answers twice differently: it is attacked on the mean of draws alone.
     """
 
     net: nn.Module
@@ -130,7 +107,7 @@ class Exam:
     twin: nn.Module | None = None
     budget: Budget = field(default_factory=Budget)
     seed: int = 0
-    random: nn.Module | None = None
+    random: bool = False
     forward: int = 0
     backward: int = 0
 
@@ -173,7 +150,10 @@ class Exam:
     @cached_property
     def differentiable(self) -> bool:
         """Whether any gradient reaches the inputs."""
-        return bool(self.net(self.x[:1].detach().clone().requires_grad_()).requires_grad)
+        x = self.x[:1].detach().clone().requires_grad_()
+        z = self.net(x)
+        # Logits may have a graph that ends at the weights.
+        return z.requires_grad and torch.autograd.grad(z.sum(), x, allow_unused=True)[0] is not None
 
     @cached_property
     def width(self) -> float:
@@ -267,8 +247,20 @@ class Exam:
         return self.spread(found, how.get("only"))
 
     def plain(self) -> Work[Successes]:
-        """Return what the gradient attack under examination broke, (N,)."""
+        """Return what the gradient attack under examination broke, (N,): nothing where there is no gradient."""
+        if not self.differentiable:
+            return ~self.clean
         return (yield from self.successes(self.pgd()))
+
+    def restarted(self) -> Work[list[Successes]]:
+        """Return what 1, 2, ... R runs of the gradient attack from different start points broke, each on what was left."""
+        found = [(yield from self.plain())]
+        for r in range(1, self.budget.restarts if self.differentiable else 1):
+            success = found[-1].copy()
+            if not success.all():
+                success |= yield from self.successes(self.pgd(seed=self.seed + r), only=~found[-1])
+            found.append(success)
+        return found
 
     def path(self) -> Work[Attacked]:
         """Return the first examples with their paths of twice the steps, nothing stopped early."""

@@ -103,6 +103,7 @@ class Cell:
         G, h: rows (R, D) and (R,); G x + h >= 0.
         open: (R,) rows that must be > 0.
         A, c: logits A x + c, (d, D) and (d,).
+        tol: (d,) what is nothing beside the terms of c.
     """
 
     G: Floats
@@ -110,6 +111,7 @@ class Cell:
     open: Flags
     A: Floats
     c: Floats
+    tol: Floats
 
     def decides(self, t: int, y: int) -> Cell | None:
         """Return the part of the cell where class t beats label y; None where it does nowhere.
@@ -118,9 +120,10 @@ class Cell:
         """
         a, c = self.A[t] - self.A[y], self.c[t] - self.c[y]
         if not a.any():
-            tol = TIE * (abs(self.c[t]) + abs(self.c[y]))
+            tol = self.tol[t] + self.tol[y]
             return self if (c >= -tol if t < y else c > tol) else None
-        return Cell(np.vstack([self.G, a]), np.append(self.h, c), np.append(self.open, t > y), self.A, self.c)
+        rows = np.vstack([self.G, a]), np.append(self.h, c), np.append(self.open, t > y)
+        return Cell(*rows, self.A, self.c, self.tol)
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,8 @@ class Stages:
         """d."""
         return len(self.stages[-1].b)
 
-    def logits(self, x: Floats, begin: int = 0) -> Floats:
-        """Return the logits (P, d) of values (P, n_in) before stage `begin`."""
+    def logits(self, x: Floats, begin: int = 0) -> tuple[Floats, Floats]:
+        """Return the logits of values (P, n_in) before stage `begin`, and their tolerance, (P, d) both."""
         v = x
         for stage in self.stages[begin:]:
             v, tol = stage.affine(v)
@@ -155,11 +158,11 @@ class Stages:
                 v = stage.f.value(v, stage.f.piece(v, tol))
             elif stage.f is not None:
                 v = smooth(stage.f, v)
-        return v
+        return v, tol
 
     def classify(self, x: Floats, begin: int = 0) -> Whole:
         """Return the class (P,) of values (P, n_in) before stage `begin`: the first of the largest logits."""
-        return first_largest(self.logits(x, begin))
+        return first_largest(*self.logits(x, begin))
 
     def pieces(self, x: Floats) -> list[Whole]:
         """Return on which piece each unit of each stage is at inputs (P, D): (P, n) for each stage with pieces."""
@@ -207,13 +210,14 @@ class Stages:
                 require_constant(stage.f, varies)
                 c = smooth(stage.f, c[None])[0]
                 A = np.zeros_like(A)
-        return Cell(np.vstack(G), np.concatenate(h), np.concatenate(strict), A, c)
+        return Cell(np.vstack(G), np.concatenate(h), np.concatenate(strict), A, c, tol)
 
 
-def first_largest(z: Floats) -> Whole:
-    """Return the first of the largest logits (P, d), equal ones being those within rounding, (P,)."""
-    top = z.max(1, keepdims=True)
-    return (z >= top - TIE * np.abs(z).max(1, keepdims=True)).argmax(1)
+def first_largest(z: Floats, tol: Floats) -> Whole:
+    """Return the first of the largest logits (P, d), equal ones being those within their tolerance, (P,)."""
+    top = z.argmax(1)[:, None]
+    near = z >= np.take_along_axis(z, top, 1) - tol - np.take_along_axis(tol, top, 1)
+    return near.argmax(1)
 
 
 @torch.no_grad()

@@ -133,6 +133,8 @@ class Milp:
         if found.status == 2:
             return None, None
         bound = found.mip_dual_bound
+        if bound is None and found.status == 0:  # no binaries: a linear program, solved
+            bound = found.fun
         bound = 0.0 if bound is None or not np.isfinite(bound) else max(0.0, float(bound))
         return found.x, bound
 
@@ -304,8 +306,7 @@ def _thresholds(row: Floats, c: float, right: bool) -> tuple[float, float]:
         return 0.0, 0.0
     rest = c / q - np.floor(c / q)
     rest = 0.0 if min(rest, 1 - rest) < 1e-9 else rest
-    positive = rest if rest else 1.0
-    above = 0.0 if not rest and right else positive  # the least value that counts as on
-    below = 0.0 if not rest and not right else positive - 1.0
+    above = rest if rest or right else 1.0  # the least value that counts as on, in units of q
+    below = rest - 1.0 if rest or right else 0.0
     quarter = (above - below) / 4
     return q * (below + quarter), q * (above - quarter)

@@ -96,7 +96,7 @@ def decompose(stages: Stages, box: Box, most: int = MAX_CELLS) -> Generator[floa
     work = sum(len(stage.b) for stage in stages)
     done = 0
     for stage in stages:
-        c = c @ stage.W.T + stage.b
+        c, tol = stage.affine(c)
         A = np.einsum("oi,mid->mod", stage.W, A, optimize=True) if A.any() else np.zeros((1, len(stage.b), 2))
         if isinstance(stage.f, Pieces):
             for i in range(len(stage.b)):
@@ -104,9 +104,9 @@ def decompose(stages: Stages, box: Box, most: int = MAX_CELLS) -> Generator[floa
                     cut.along(A[cut.map, i], c[cut.map, i] - t)
                 yield (done + i) / work
             if A.any():  # from here on every polygon has its own map
-                A, c = A[cut.map], c[cut.map]
+                A, c, tol = A[cut.map], c[cut.map], tol[cut.map]
                 cut.map = np.arange(len(A))
-            tol = TIE * (np.abs(A).sum(2) * cut.reach + np.abs(c))
+            tol = tol + TIE * np.abs(A).sum(2) * cut.reach
             k = stage.f.piece((A * cut.middles[cut.first][:, None]).sum(2) + c, tol)
             c = stage.f.value(c, k)
             A = stage.f.slopes[k][..., None] * A if not stage.f.constant else np.zeros((1, len(stage.b), 2))
@@ -114,7 +114,7 @@ def decompose(stages: Stages, box: Box, most: int = MAX_CELLS) -> Generator[floa
             require_constant(stage.f, np.abs(A).sum((0, 2)) > 0)
             c = smooth(stage.f, c)
         done += len(stage.b)
-    classes = _decided(cut, A, c)
+    classes = _decided(cut, A, c, tol)
     starts = np.concatenate([[0], np.cumsum([len(p) for p in cut.polygons])])
     plane = Plane(np.concatenate(cut.polygons), starts, classes, classes[:0], classes[:0])
     middles = (plane.vertices + plane.ends) / 2
@@ -184,18 +184,18 @@ def _halves(polygon: Floats, v: Floats) -> tuple[Floats, Floats]:
     return sides[0], sides[1]
 
 
-def _decided(cut: _Cut, A: Floats, c: Floats) -> Whole:
+def _decided(cut: _Cut, A: Floats, c: Floats, tol: Floats) -> Whole:
     """Return the class (P,) of each polygon, having cut them along the lines where the largest logit changes."""
     if not A.any():
-        return first_largest(c)[cut.map]
+        return first_largest(c, tol)[cut.map]
     best = np.zeros(len(cut.polygons), np.int64)
     for i in range(1, c.shape[1]):
         m = cut.map
         best = np.concatenate([best, best[cut.along(A[m, i] - A[m, best], c[m, i] - c[m, best])]])
         m, x = cut.map, cut.middles
         ahead = ((A[m, i] - A[m, best]) * x).sum(1) + c[m, i] - c[m, best]
-        tol = TIE * ((np.abs(A[m, i]) + np.abs(A[m, best])).sum(1) * cut.reach + np.abs(c[m, i]) + np.abs(c[m, best]))
-        best = np.where(ahead > tol, i, best)
+        close = TIE * (np.abs(A[m, i]) + np.abs(A[m, best])).sum(1) * cut.reach + tol[m, i] + tol[m, best]
+        best = np.where(ahead > close, i, best)
     return best
 
 
@@ -227,10 +227,11 @@ def distances(plane: Plane, x: Floats, y: Whole, norm: Norm, width: float) -> Pl
         points = np.flatnonzero(y == label)
         for some in np.array_split(points, max(1, -(-len(points) * len(wanted) // _CHUNK))):
             d, t = _to_segments(x[some], a, b, norm)
-            best = d.argmin(1)
             least = d.min(1)
-            at = a[best] + t[np.arange(len(some)), best, None] * (b - a)[best]
             near = d <= least[:, None] + close
+            # an edge is there twice: better as one of a polygon of another class, which has room for a witness
+            best = (near * (1 + 2 * cell[wanted] + edge[wanted])).argmax(1)
+            at = a[best] + t[np.arange(len(some)), best, None] * (b - a)[best]
             within = near & own_edge & (t * length(b - a, "l2") > close) & ((1 - t) * length(b - a, "l2") > close)
             corners = (length(a[None] - x[some, None], norm) <= least[:, None] + close) & own_corner
             out.distance[some], out.point[some], out.inner[some] = least, at, inner[best]

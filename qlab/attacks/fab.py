@@ -12,7 +12,8 @@ Restarts begin at x + (1/2) min(eps, best distance) t / ||t||_p with random t. T
 each of the classes with the largest logits at x.
 
 Only logits and their gradients are used, and the planes do not know how logits are scaled: a saturated softmax changes nothing.
-All points that the net has answered for are booked, the one after the step back too.
+All points that the net has answered for are booked, the one after the step back too. A noisy estimate of g_s is too long, so its
+steps are too short: with NES or SPSA take many samples, and more steps.
 
 Source: Croce, Hein 2020, arXiv 1907.02044; targeted variant and its use without the final line search as in AutoAttack, Croce, Hein
 2020, arXiv 2003.01690.
@@ -30,7 +31,7 @@ from torch import Tensor
 from qlab.attacks.ball import Ball, norms
 from qlab.attacks.base import Attack, Ledger
 from qlab.attacks.estimators import BACKPROP, Estimator
-from qlab.attacks.hyperplane import nearest_plane, to_plane
+from qlab.attacks.hyperplane import nearest_plane, span, to_plane
 from qlab.attacks.losses import nearest_classes
 from qlab.attacks.victim import Victim
 from qlab.errors import InputError
@@ -150,9 +151,8 @@ def _near(ball: Ball, best: Tensor, noise: torch.Generator) -> Tensor:
     draw = torch.randn if ball.norm != "linf" else torch.rand
     t = draw(ball.x.shape, generator=noise, dtype=torch.float64).to(ball.x.device)
     t = 2 * t - 1 if ball.norm == "linf" else t
-    width = (ball.high - ball.low).double().max().clamp(max=1e6)
     radius = torch.minimum(ball.eps, best)
-    radius = torch.where(radius.isinf(), width, radius)
+    radius = torch.where(radius.isinf(), span(ball), radius)
     x = ball.x.double() + t * _wide(radius / 2 / norms(t, ball.norm), t)
     return ball.clip(x.to(ball.x.dtype))
 

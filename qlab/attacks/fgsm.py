@@ -4,8 +4,8 @@ r"""The fast gradient sign method, once and repeated: settings of projected grad
     BIM     x_{t+1} = P( x_t + eta dir(grad_x L) )          T steps from x itself, eta = eps / T
 
 With `random_start` the one step of FGSM starts at a random point of the ball and is projected back into it; with a scaling rule of
-`qlab.attacks.scaling` as well, this is FGSM++ as published. Directions, losses and projections are those of `PGD`. One step is a weak
-attack. It is a good witness: a net that one step breaks more often than many steps do hides its gradients.
+`qlab.attacks.scaling` as well, this is FGSM++ as published. Directions, losses and projections are those of `PGD`. One step is a
+weak attack and a good witness: a net that one step breaks more often than many steps do hides its gradients.
 
 Source: Goodfellow, Shlens, Szegedy 2015, arXiv 1412.6572 (FGSM); Kurakin, Goodfellow, Bengio 2017, arXiv 1607.02533 (BIM; there the
 step is one grey level); Gupta, Ajanthan 2022, arXiv 2003.13511 (FGSM++).

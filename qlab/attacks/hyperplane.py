@@ -23,6 +23,8 @@ Shapes: x, w (n, ...), f, y (n,), targets (n, K).
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,7 @@ from qlab.attacks.estimators import Estimator
 from qlab.attacks.losses import targeted_margin
 from qlab.attacks.victim import Victim
 
-__all__ = ["nearest_plane", "to_plane"]
+__all__ = ["nearest_plane", "span", "to_plane"]
 
 ROWS = 512  # rows of one backward pass, so that many classes fit into memory
 TIE = 1e-3  # where two logits are equal, the plane is put this share of the range away
@@ -92,6 +94,12 @@ def _level(a: Tensor, t: Tensor, need: Tensor) -> Tensor:
     return torch.minimum(lam, top)
 
 
+def span(ball: Ball) -> float:
+    """Return the width of the range of inputs; 1 where it has no end."""
+    width = float((ball.high - ball.low).double().max())
+    return width if math.isfinite(width) else 1.0
+
+
 def nearest_plane(
     estimator: Estimator,
     taught: Victim,
@@ -116,7 +124,7 @@ def nearest_plane(
         targets: (n, K) classes s to choose from.
     """
     n, K = targets.shape
-    width = (ball.high - ball.low).double().max().clamp(max=1e6)
+    width = span(ball)
     at_once = max(1, ROWS // n)
     least = torch.full((n,), torch.inf, dtype=torch.float64, device=points.device)
     f, w = torch.zeros_like(least), torch.zeros_like(points)

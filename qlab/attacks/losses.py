@@ -1,7 +1,7 @@
 r"""What an attack maximises: functions of logits z (n, d) and labels y (n,), one number for each example (n,).
 
     ce             -log softmax(z)_y                                         saturates where z_y is far ahead
-    margin         max_{i != y} z_i - z_y                                    > 0 exactly where misclassified
+    margin         max_{i != y} z_i - z_y                                    > 0 misclassified, < 0 not, 0 a tie
     dlr            -(z_y - max_{i != y} z_i) / (z_(1) - z_(3) + 1e-12)       d >= 3; invariant to shift and scale
     targeted_dlr   -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12)      d >= 4
 
@@ -33,6 +33,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 TINY = 1e-12
 
 
+def _tiny(z: Tensor) -> float:
+    """Return what keeps a denominator from zero in the dtype of logits: 1e-12 is zero in float16."""
+    return max(TINY, torch.finfo(z.dtype).tiny)
+
+
 def ce(z: Tensor, y: Tensor) -> Tensor:
     """Return -log softmax(z)_y, (n,); the row maximum is taken off first, so a shift of the logits changes nothing."""
     return F.cross_entropy(z - z.detach().amax(-1, keepdim=True), y, reduction="none")
@@ -41,13 +46,13 @@ def ce(z: Tensor, y: Tensor) -> Tensor:
 def dlr(z: Tensor, y: Tensor) -> Tensor:
     """Return the difference of logits ratio, (n,)."""
     top = z.sort(-1, descending=True).values
-    return margin(z, y) / (top[:, 0] - top[:, 2] + TINY)
+    return margin(z, y) / (top[:, 0] - top[:, 2] + _tiny(z))
 
 
 def targeted_dlr(z: Tensor, y: Tensor, t: Tensor) -> Tensor:
     """Return the targeted difference of logits ratio towards classes t (n,), (n,)."""
     top = z.sort(-1, descending=True).values
-    return targeted_margin(z, y, t) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + TINY)
+    return targeted_margin(z, y, t) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + _tiny(z))
 
 
 def targeted_margin(z: Tensor, y: Tensor, t: Tensor) -> Tensor:

@@ -4,6 +4,9 @@ r"""Projected gradient descent, with restarts, losses, temperatures and gradient
     L       = sum_i loss(beta_i f(x_t)_i, y_i)            a sum: a mean would scale gradients down, into underflow
     x_{t+1} = P( x_t + eta dir(grad_x L) )                dir = sign for l_inf, g / ||g||_2 for l2, sparse sign for l1
 
+A step for l1 moves one in a hundred coordinates, those of the largest gradient among those that the range lets move; coordinates
+that the gradient holds at the end of the range with no less force stay there, whatever the projection shrinks.
+
 The best point of all iterates and restarts is kept for each example, not the last one. With a `scaling` rule of
 `qlab.attacks.scaling` this is PGD++.
 
@@ -25,7 +28,7 @@ from qlab.attacks.ball import Ball, Norm
 from qlab.attacks.base import Attack, Ledger
 from qlab.attacks.estimators import BACKPROP, Estimator
 from qlab.attacks.losses import Loss, fitting
-from qlab.attacks.scaling import UNSCALED, Scaling
+from qlab.attacks.scaling import UNSCALED, Scaling, scaled
 from qlab.attacks.victim import Victim
 from qlab.errors import InputError
 
@@ -51,6 +54,14 @@ def direction(g: Tensor, norm: Norm) -> Tensor:
     count = max(1, round(SPARSE * flat.shape[1]))
     top = flat.abs().topk(count, dim=1).indices
     return torch.zeros_like(flat).scatter(1, top, flat.gather(1, top).sign() / count).reshape(g.shape)
+
+
+def _sparse(points: Tensor, g: Tensor, ball: Ball) -> Tensor:
+    """Return the step for l1 at points (n, ...) along gradients g (n, ...); see the module docstring."""
+    held = ((g > 0) & (points >= ball.high)) | ((g < 0) & (points <= ball.low))
+    step = direction(torch.where(held, 0.0, g), "l1")
+    least = torch.where(step != 0, g.abs(), torch.inf).flatten(1).amin(1)
+    return torch.where(held & (g.abs() >= least.reshape(-1, *(1,) * (g.dim() - 1))), g.sign(), step)
 
 
 @dataclass(frozen=True)
@@ -105,11 +116,7 @@ class PGD(Attack):
             started = self.scaling.start(session, taught, start, ledger.y[at])
             points, y, ball = start, ledger.y[at], ledger.ball.take(at)
             for t in range(self.steps):
-
-                def f(z: Tensor, y: Tensor = y, started: Tensor | None = started) -> Tensor:
-                    beta = self.scaling.factors(session, started, z.detach(), y)
-                    return loss(beta[:, None] * z, y)
-
+                f = scaled(loss, self.scaling, session, started, y)
                 z, value, g = self.estimator.gradient(taught, points, f, noise)
                 ledger.step(at, points, value, g)
                 broken = ledger.see(at, points, z)
@@ -120,7 +127,8 @@ class PGD(Attack):
                 if not len(at):
                     break
                 eta = self.length(ball).reshape(-1, *(1,) * (points.dim() - 1))
-                points = ball.project(points + (eta * direction(g, ball.norm)).to(points.dtype))
+                way = _sparse(points, g, ball) if ball.norm == "l1" else direction(g, ball.norm)
+                points = ball.project(points + (eta * way).to(points.dtype))
                 yield (r + t / self.steps) / self.restarts
             if len(at):
                 ledger.ask(at, points)

@@ -48,8 +48,17 @@ LEAST = 1e-300
 
 
 def score(z: Tensor, y: Tensor) -> Tensor:
-    """Return the margin, (n,) float64, made positive also where a tie of logits is decided against the label."""
+    """Return the margin, (n,) float64, made positive also where a tie of logits is decided against the label.
+
+    Raises:
+        InputError: logits that are not finite.
+    """
     m = margin(z, y).double()
+    if not bool(m.isfinite().all()):
+        raise InputError(
+            "the net's logits hold NaN or infinite values at a point that the attack proposed, although they are finite on the "
+            "inputs: an operation overflows"
+        )
     return torch.where(misclassified(z, y), m.clamp(min=LEAST), m)
 
 

@@ -65,7 +65,7 @@ def read_record(root: Path, key: str, x: Tensor, y: Tensor) -> Attacked | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             if str(stored["key"]) != key:
                 return None
             arrays = {name: stored[name] for name in ARRAYS}

@@ -253,9 +253,9 @@ def replaying(
     if isinstance(example, bool) or not isinstance(example, int) or not 0 <= example < len(x):
         raise InputError(f"example is {example!r:.40}; expected a whole number from 0 to {len(x) - 1}")
     x1, y1 = x[example : example + 1].detach(), y[example : example + 1]
-    net = checked(net, x1, y1, 1)
-    if x1[0].numel() < 2:
+    if x1.numel() < 2:
         raise InputError("the inputs hold one number each; a path on a plane needs at least two")
+    net = checked(net, x1, y1, 1)
     with torch.no_grad():
         if bool(misclassified(net(x1), y1)):
             raise InputError(

@@ -111,9 +111,9 @@ def plane_of(x: Floats, deltas: Sequence[Floats], best: Floats, eps: float, norm
     if D == 2:
         origin, axes = np.zeros(2), np.eye(2)
     else:
-        scale = max(float(np.linalg.norm(rows, axis=1).max()), math.ulp(0.0))
+        scale = max(float(np.abs(rows).max()), math.ulp(0.0))
         spare = torch.randn(2, D, generator=generator("plane of a replay", seed), dtype=torch.float64).numpy()
-        u = best if np.linalg.norm(best) > SAME * scale else _leading(rows, scale)
+        u = best if np.abs(best).max() > SAME * scale else _leading(rows, scale)
         u = _unit(spare[0] if u is None else u)
         v = _leading(rows - np.outer(rows @ u, u), scale)
         v = _unit(_off(spare[1] if v is None else v, u))
@@ -151,8 +151,11 @@ def _unit(v: Floats) -> Floats:
 def in_plane(plane: Plane, points: Floats) -> float:
     """Return the share of the length of a path (T, D) that lies in the plane; NaN for one that does not move."""
     moves = np.diff(points, axis=0)
-    length = float(np.linalg.norm(moves, axis=1).sum())
-    return float(np.linalg.norm(moves @ plane.axes.T, axis=1).sum()) / length if length > 0 else math.nan
+    largest = float(np.abs(moves).max(initial=0))
+    if largest == 0:
+        return math.nan
+    moves = moves / largest  # squares of tiny numbers would underflow
+    return float(np.linalg.norm(moves @ plane.axes.T, axis=1).sum() / np.linalg.norm(moves, axis=1).sum())
 
 
 def outline(plane: Plane, eps: float, norm: Norm) -> Floats:

@@ -53,6 +53,7 @@ HALVED = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # of 10,000 questions
 TILES = 5  # the l_2 grid has so many tiles in a row
 SMALLEST = 3  # side of the smallest l_2 window: half of it holds bumps of the other sign
 TINY = 1e-12
+CANCELLED = 1e-6  # the window held the same bumps with the other sign: the sum is what rounding left
 
 
 def share(p: float, t: int, queries: int) -> float:
@@ -222,7 +223,7 @@ class _Bumps(_Moves):
         top, left = (self.h - a * down) // 2, (self.w - b * across) // 2
         delta = torch.zeros(len(self.ball.x), self.c, self.h, self.w, dtype=torch.float64, device=self.ball.x.device)
         signs = self.signs(down, across).double()
-        tiles = signs[:, :, :, None, :, None] * self._eta(a, b)[:, None, :, None, :]
+        tiles = signs[:, :, :, None, :, None] * self._eta(a, b)[:, :, None, :, None]
         delta[:, :, top : top + a * down, left : left + b * across] = tiles.reshape(
             len(delta), self.c, a * down, b * across
         )
@@ -237,11 +238,10 @@ class _Bumps(_Moves):
         delta = self.pictures(best[at].double() - self.ball.x[at].double())
         eps = reach(self.ball)[at][:, None, None, None]
         free = (eps**2 - delta.square().sum((1, 2, 3), keepdim=True)).clamp(min=0)
-        u = self.signs(1, 1)[at] * eta
-        old = delta[filled]
-        old = old / (old.norm(dim=(2, 3), keepdim=True) + TINY)
-        u = u + old
-        u = u / (u.norm(dim=(2, 3), keepdim=True) + TINY)
+        new, old = self.signs(1, 1)[at] * eta, delta[filled]
+        u = new + old / (old.norm(dim=(2, 3), keepdim=True) + TINY)
+        length = u.norm(dim=(2, 3), keepdim=True)
+        u = torch.where(length > CANCELLED, u / length, new)
         touched = torch.zeros_like(delta)
         touched[filled], touched[emptied] = 1, 1
         mass = (delta * touched).square().sum((2, 3), keepdim=True)

@@ -98,14 +98,15 @@ def _middle(quantizer: Quantizer) -> tuple[float, float]:
     Where a level stands in the middle it is the middle between the thresholds around it.
     """
     levels = quantizer.levels(torch.float64)
-    if quantizer.scale(torch.ones(1, 1, dtype=torch.float64)) is not None:
+    device = next((b.device for b in quantizer.buffers()), torch.device("cpu"))
+    if quantizer.scale(torch.ones(1, 1, dtype=torch.float64, device=device)) is not None:
         if levels is None:
             raise InputError(
                 f"{type(quantizer).__name__} has a scale but no grid of levels; no stand-in is known for it"
             )
         low, high = float(levels[0]), float(levels[-1])  # its thresholds move with the sample: take them as centred
         return (low + high) / 2, (high - low) / 2
-    ends = torch.tensor([-_FAR, _FAR], dtype=torch.float64)
+    ends = torch.tensor([-_FAR, _FAR], dtype=torch.float64, device=device)
     low, high = quantizer(ends).tolist()
     if not -_FAR <= low < high <= _FAR:
         raise InputError(

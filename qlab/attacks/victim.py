@@ -120,6 +120,7 @@ class _Normalised(nn.Module):
         super().__init__()
         self.net = net
         self.transform = transform
+        self.training = net.training
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the net's logits of inputs in the units of the data set, (N, ...)."""
@@ -138,4 +139,4 @@ def pixels(net: nn.Module, data: object) -> nn.Module:
     transform = getattr(data, "transform", None)
     if not callable(transform):
         raise InputError(f"data is a {type(data).__name__}; expected a data set of the lab, which knows `transform`")
-    return _Normalised(deployed(net), transform).eval()
+    return _Normalised(deployed(net), transform)

@@ -61,7 +61,7 @@ def papers_table() -> str:
             f"{p.title} ({p.authors}, {p.venue})",
             _arxiv(p.arxiv),
             p.status,
-            ", ".join(f"`{m}`" for m in p.methods),
+            ", ".join(f"`{m}`" for m in (*p.methods, *p.parts)),
         )
         for p in PAPERS
     ]

@@ -17,11 +17,12 @@ class Paper:
     venue: str
     arxiv: str
     methods: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
 
     @property
     def status(self) -> str:
-        """Return "runs" once a method of the paper is on the shelf, else "planned"."""
-        return "runs" if self.methods else "planned"
+        """Return "runs" once a method of the paper is on the shelf or a part of it runs, else "planned"."""
+        return "runs" if self.methods or self.parts else "planned"
 
 
 PAPERS: tuple[Paper, ...] = (
@@ -37,7 +38,7 @@ PAPERS: tuple[Paper, ...] = (
     Paper(10, "How to train accurate BNNs for embedded systems?", "de Putter, Corporaal", "2022", "2206.12322", ("bnn_repair",)),
     Paper(11, "LQ-Nets: Learned Quantization for Highly Accurate and Compact Deep Neural Networks", "Zhang, Yang, Ye, Hua", "ECCV 2018", "1807.10029"),
     Paper(12, "Lifted Bregman Training of Neural Networks", "Wang, Benning", "JMLR 2023", "2208.08772"),
-    Paper(13, "Improved Gradient-Based Adversarial Attacks for Quantized Networks", "Gupta, Ajanthan", "AAAI 2022", "2003.13511"),
+    Paper(13, "Improved Gradient-Based Adversarial Attacks for Quantized Networks", "Gupta, Ajanthan", "AAAI 2022", "2003.13511", parts=("qlab.attacks",)),
     Paper(14, "Error-aware Quantization through Noise Tempering", "Wang et al.", "2022", "2212.05603"),
     Paper(15, "Mixed-Precision Neural Networks: A Survey", "Rakka et al.", "TPAMI 2024", "2208.06064"),
     Paper(16, "Efficient Global Optimization of Two-layer ReLU Networks", "Bai, Gautam, Sojoudi", "SIMODS 2023", "2201.01965"),

@@ -17,18 +17,29 @@ from qlab.errors import InputError, UnknownNameError
 from tests.attacks.test_fab import Dead, data, exact, linear
 from tests.attacks.test_hyperplane import by_enumeration
 
-FAST = {"steps": 150, "searches": 9, "c": 0.01}
+FAST = {"steps": 100, "searches": 5, "c": 0.3}
 
 
 @pytest.mark.parametrize("box", BOXES)
-def test_on_a_linear_net_the_distance_is_exact_within_a_few_percent(box: str) -> None:
-    net = linear(4)
-    x, y = data(net)
+def test_on_a_linear_net_the_distance_is_exact_within_two_percent(box: str) -> None:
+    net = linear(2)
+    x, y = data(net, 20, spread=0.4)
     truth = exact(net, x, y, "l2").numpy()
-    found = CarliniWagner(steps=300, searches=9, c=0.01, box=box)(net, x, y, norm="l2", low=-1.0, high=2.0)
+    attack = CarliniWagner(steps=200, searches=6, c=0.1, box=box)
+    found = attack(net, x, y, norm="l2", low=-1.0, high=2.0)
     assert found.success.all()
     assert (found.distance >= truth * (1 - 1e-12)).all()
-    np.testing.assert_allclose(found.distance, truth, rtol=0.03)
+    far = truth > attack.lr * 3  # one step of Adam, in the units of the inputs
+    assert far.sum() >= 15
+    np.testing.assert_allclose(found.distance[far], truth[far], rtol=0.02)
+
+
+def test_with_many_classes_nothing_is_found_below_the_true_distance() -> None:
+    net = linear(5)
+    x, y = data(net, 20, spread=0.4)
+    found = CarliniWagner(**FAST)(net, x, y, norm="l2", low=-1.0, high=2.0)
+    assert found.success.all()
+    assert (found.distance >= exact(net, x, y, "l2").numpy() * (1 - 1e-12)).all()
 
 
 @pytest.mark.parametrize("box", BOXES)
@@ -44,7 +55,7 @@ def test_where_the_range_cuts_it_comes_near_what_enumeration_finds(box: str) -> 
         w, f = (W[1 - k] - W[k]).numpy(), float(z[1 - k] - z[k])
         truth.append(by_enumeration(x[n].numpy(), w, f, 0.0, 1.0) or math.inf)
     assert (np.array(truth) > free * 1.01).sum() >= 3, "the range must cut some"
-    found = CarliniWagner(steps=400, searches=8, c=0.1, box=box)(net, x, y, norm="l2")
+    found = CarliniWagner(steps=200, searches=6, c=0.3, box=box)(net, x, y, norm="l2")
     assert (found.distance >= np.array(truth) * (1 - 1e-9)).all()
     np.testing.assert_allclose(found.distance, truth, rtol=0.03)
     assert bool(Ball.of(x, 9.0, "l2").contains(found.adversarial).all())
@@ -85,7 +96,7 @@ def test_pictures_of_black_and_white_do_not_look_robust(digits_net: tuple[nn.Mod
     net, x, _ = digits_net
     x = x[:10].round()
     y = net(x).argmax(1)
-    found = CarliniWagner(steps=600, searches=5, c=0.1, box=box)(net, x, y, norm="l2")
+    found = CarliniWagner(steps=600, searches=1, c=10.0, box=box)(net, x, y, norm="l2")
     assert found.success.all()
     assert bool(misclassified(net(found.adversarial), y).all())
     assert bool(((found.adversarial >= 0) & (found.adversarial <= 1)).all())
@@ -94,7 +105,7 @@ def test_pictures_of_black_and_white_do_not_look_robust(digits_net: tuple[nn.Mod
 def test_on_a_trained_net_it_comes_nearer_than_deepfool(digits_net: tuple[nn.Module, Tensor, Tensor]) -> None:
     net, x, y = digits_net
     x, y = x[:20], y[:20]
-    found = CarliniWagner(steps=200, searches=8, c=0.1)(net, x, y, norm="l2")
+    found = CarliniWagner(steps=150, searches=5, c=0.3)(net, x, y, norm="l2")
     other = DeepFool()(net, x, y, norm="l2")
     assert found.success.all()
     assert np.median(found.distance) < np.median(other.distance)
@@ -130,7 +141,7 @@ def test_examples_do_not_disturb_each_other() -> None:
     x, y = data(net, 4)
     wrong = y.clone()
     wrong[1] = (y[1] + 1) % 3
-    attack = CarliniWagner(steps=60, searches=6, c=0.1)
+    attack = CarliniWagner(steps=40, searches=4, c=1.0)
     mixed = attack(net, x, wrong, norm="l2")
     assert (mixed.distance[1], mixed.clean[1], mixed.success[1]) == (0.0, False, True)
     for n in (0, 2, 3):
@@ -141,13 +152,14 @@ def test_examples_do_not_disturb_each_other() -> None:
 
 
 def test_leaving_alone_what_does_not_get_better_saves_questions_and_loses_little() -> None:
-    net = linear(3)
-    x, y = data(net, 10)
+    net = linear(2)
+    x, y = data(net, 10, spread=0.4)
     all_of_it = CarliniWagner(**FAST, abort_early=False)(net, x, y, norm="l2")
     short = CarliniWagner(**FAST)(net, x, y, norm="l2")
-    assert all_of_it.forward == 10 * (1 + 9 * 150)
+    assert all_of_it.forward == 10 * (1 + FAST["searches"] * FAST["steps"])
     assert short.forward < 0.9 * all_of_it.forward
-    np.testing.assert_allclose(short.distance, all_of_it.distance, rtol=0.03)
+    far = exact(net, x, y, "l2").numpy() > 0.03
+    np.testing.assert_allclose(short.distance[far], all_of_it.distance[far], rtol=0.02)
 
 
 @pytest.mark.parametrize("box", BOXES)
@@ -166,8 +178,10 @@ def test_an_unbounded_range_takes_clamping_only() -> None:
     x, y = data(net, 3)
     with pytest.raises(InputError, match="clamp"):
         CarliniWagner(box="tanh")(net, x, y, norm="l2", low=-math.inf, high=math.inf)
-    found = CarliniWagner(**FAST)(net, x, y, norm="l2", low=-math.inf, high=math.inf)
-    np.testing.assert_allclose(found.distance, exact(net, x, y, "l2").numpy(), rtol=0.03)
+    found = CarliniWagner(**FAST)(net, x[[0, 2]], y[[0, 2]], norm="l2", low=-math.inf, high=math.inf)
+    truth = exact(net, x[[0, 2]], y[[0, 2]], "l2").numpy()
+    assert truth.min() > 0.03
+    np.testing.assert_allclose(found.distance, truth, rtol=0.02)
 
 
 def test_settings_that_make_no_sense_are_said() -> None:

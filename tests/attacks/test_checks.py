@@ -16,7 +16,7 @@ from torch import nn
 from qlab.attacks import checks_attacks, checks_net
 from qlab.attacks.base import Attack
 from qlab.attacks.checks import Check, Comparison, compare, strongest, too_many, wilson
-from qlab.attacks.checks_runs import BUDGETS, Budget, Exam, Frozen, budget_of
+from qlab.attacks.checks_runs import BUDGETS, Budget, Exam, budget_of
 from qlab.attacks.pgd import PGD
 from qlab.attacks.random_search import RandomSearch
 from qlab.attacks.scaling import Fixed
@@ -219,7 +219,7 @@ def test_7_asks_for_more_than_two_points() -> None:
 
     check = result(checks_attacks.restarts, made(answer(1)))
     assert check.state == "fail"
-    assert check.evidence["A(10)"] == pytest.approx(0.41)
+    assert check.evidence["A(10)"] == pytest.approx(0.40)  # the seed under examination breaks number 50
     assert check.curve is not None
     assert np.allclose(np.diff(check.curve.y)[1:], -0.01)
     two = lambda attack, eps, precise: first(52 if attack.seed else 50)  # noqa: E731
@@ -279,7 +279,7 @@ def test_14_is_a_matter_of_tuning() -> None:
 # The checks of the net
 
 
-def exam_of(net: nn.Module, n: int = 40, D: int = 6, random: nn.Module | None = None) -> Exam:
+def exam_of(net: nn.Module, n: int = 40, D: int = 6, random: bool = False) -> Exam:
     x = torch.rand(n, D, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         y = net(x).argmax(1)
@@ -324,7 +324,8 @@ def test_12_and_13_a_net_without_a_graph_is_shattered() -> None:
 
 
 def test_13_the_gradient_of_a_linear_net_is_its_smoothed_gradient() -> None:
-    check = result(checks_net.agreement, exam_of(Around(after=lambda z: z[:, :1] * z.new_tensor([1e4, -1e4])))  # two classes: no kink)
+    two = Around(after=lambda z: z[:, :1] * z.new_tensor([1e4, -1e4]))  # of two classes: the margin has no kink
+    check = result(checks_net.agreement, exam_of(two))
     assert check.state == "pass"
     # The corrected cosine is unbiased, not bounded by 1.
     assert check.evidence["cosine"] == pytest.approx(1, abs=0.02)
@@ -339,18 +340,9 @@ def test_13_a_gradient_that_points_the_other_way_fails() -> None:
 def test_16_a_random_net_fails_and_both_its_attacks_are_reported() -> None:
     assert result(checks_net.determinism, exam_of(linear())).state == "pass"
     noisy = Around(before=lambda x: x + 0.1 * torch.randn(x.shape))
-    frozen = Frozen(noisy).eval()
-    check = result(checks_net.determinism, exam_of(frozen, random=noisy))
+    check = result(checks_net.determinism, exam_of(noisy, random=True))
     assert (check.state, check.mechanism) == ("fail", "R")
     assert {"accuracy, one draw", "accuracy, mean of 16 draws"} < set(check.evidence)
-    assert torch.equal(frozen(torch.ones(3, 6)), frozen(torch.ones(3, 6)))
-
-
-def test_a_frozen_net_leaves_the_global_generator_alone() -> None:
-    net = Frozen(nn.Dropout().train(), draws=3)
-    state = torch.random.get_rng_state()
-    net(torch.ones(4, 6))
-    assert torch.equal(state, torch.random.get_rng_state())
 
 
 @pytest.mark.parametrize(
@@ -371,7 +363,7 @@ def test_a_run_is_made_once() -> None:
     asked = exam.forward
     again = result(checks_attacks.one_step, exam)
     assert exam.forward == asked
-    assert again.evidence["A(PGD)"] == 1 - exam.tried[exam.pgd().described].mean()
+    assert again.evidence["A(PGD)"] == 1 - exam.tried[exam.pgd()].mean()
 
 
 def test_every_success_within_eps_counts_for_the_worst_case_and_none_beyond() -> None:

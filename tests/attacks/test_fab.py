@@ -80,9 +80,7 @@ def on_a_line(steps: int, eta: float = 1.05, beta: float = 0.9, alpha_max: float
 
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("kind", [FAB, FABT])
-def test_on_a_linear_net_of_two_classes_the_distance_is_exact_up_to_the_overshoot(
-    kind: type[FAB], norm: str
-) -> None:
+def test_on_a_linear_net_of_two_classes_the_distance_is_exact_up_to_the_overshoot(kind: type[FAB], norm: str) -> None:
     net = linear()
     x, y = data(net)
     truth = exact(net, x, y, norm).numpy()
@@ -91,8 +89,11 @@ def test_on_a_linear_net_of_two_classes_the_distance_is_exact_up_to_the_overshoo
         assert found.success.all()
         assert 1 < factor <= 1.05
         np.testing.assert_allclose(found.distance, factor * truth, rtol=1e-9)
-    found = kind(steps=40, eta=1.3, beta=0.8, alpha_max=0.4)(net, x, y, norm=norm, low=-2.0, high=3.0)
-    np.testing.assert_allclose(found.distance, on_a_line(40, 1.3, 0.8, 0.4) * truth, rtol=1e-9)
+    # Settings under which alpha is cut off, and under which the point after the step back is the better find.
+    for steps, eta, beta, alpha_max in ((40, 1.2, 0.5, 0.1), (40, 1.2, 0.7, 0.4), (2, 1.3, 0.9, 0.1)):
+        attack = kind(steps=steps, eta=eta, beta=beta, alpha_max=alpha_max)
+        found = attack(net, x, y, norm=norm, low=-2.0, high=3.0)
+        np.testing.assert_allclose(found.distance, on_a_line(steps, eta, beta, alpha_max) * truth, rtol=1e-9)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -113,7 +114,7 @@ def test_on_a_linear_net_of_many_classes_it_finds_the_nearest_boundary(norm: str
     net = linear(5)
     x, y = data(net, 30)
     truth = exact(net, x, y, norm).numpy()
-    for attack in (FAB(), FABT()):
+    for attack in (FAB(steps=20), FABT(steps=20)):
         found = attack(net, x, y, norm=norm, low=-9.0, high=9.0)
         assert (found.distance >= truth * (1 - 1e-12)).all()
         np.testing.assert_allclose(found.distance, truth, rtol=6e-3)
@@ -122,15 +123,18 @@ def test_on_a_linear_net_of_many_classes_it_finds_the_nearest_boundary(norm: str
 @pytest.mark.parametrize("norm", ["linf", "l1"])
 def test_where_the_range_cuts_it_finds_what_linear_programs_find(norm: str) -> None:
     net = linear(4, seed=5)
-    x, y = data(net, 20, spread=0.5)
-    x = torch.where(torch.rand(x.shape, generator=torch.Generator().manual_seed(2)) < 0.5, x.round(), x)
+    x, _ = data(net, 40, spread=0.5)
+    x = torch.where(torch.rand(x.shape, generator=torch.Generator().manual_seed(2)) < 0.8, x.round(), x)
     y = net(x).argmax(1)
     truth = np.array([by_program(net, x[n].numpy(), int(y[n]), norm, 0.0, 1.0) for n in range(len(x))])
     free = exact(net, x, y, norm).numpy()
     assert (truth > free * 1.01).sum() >= 5, "the range must cut some"
     found = FABT()(net, x, y, norm=norm)
+    np.testing.assert_array_equal(found.success, np.isfinite(truth))
     assert (found.distance >= truth * (1 - 1e-9)).all()
-    np.testing.assert_allclose(found.distance[np.isfinite(truth)], truth[np.isfinite(truth)], rtol=6e-3)
+    # The first step alone comes as near as the overshoot; later ones nearer, less so where few coordinates are free to overshoot.
+    assert (found.distance <= 1.05 * truth * (1 + 1e-9)).all()
+    assert np.median(found.distance / truth) < 1.006
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -149,17 +153,19 @@ def test_points_found_lie_in_the_range_and_are_misclassified_at_the_distance_sta
     assert bool(misclassified(net(found.adversarial), y).all())
 
 
-def test_scale_of_logits_changes_nothing_though_the_softmax_saturates(
-    digits_net: tuple[nn.Module, Tensor, Tensor],
+@pytest.mark.parametrize("exponent", [20, -60])
+def test_scale_of_logits_changes_nothing_though_the_softmax_saturates_or_gradients_are_tiny(
+    digits_net: tuple[nn.Module, Tensor, Tensor], exponent: int
 ) -> None:
     net, x, y = digits_net
-    x, y = x[:40], y[:40]
-    saturated = copy.deepcopy(net)
-    saturated[-1].weight.mul_(2.0**20)
-    saturated[-1].bias.mul_(2.0**20)
-    assert float(saturated(x).softmax(-1).amax(-1).min()) == 1.0
-    for attack in (FAB(steps=20, restarts=2), FABT(steps=10)):
-        plain, scaled = attack(net, x, y, norm="linf"), attack(saturated, x, y, norm="linf")
+    x, y = x[:30], y[:30]
+    other = copy.deepcopy(net)
+    other[-1].weight.mul_(2.0**exponent)
+    other[-1].bias.mul_(2.0**exponent)
+    top = other(x).softmax(-1).amax(-1)
+    assert bool((top == 1.0).all() if exponent > 0 else (top < 0.11).all())
+    for attack in (FAB(steps=15, restarts=2), FABT(steps=5)):
+        plain, scaled = attack(net, x, y, norm="linf"), attack(other, x, y, norm="linf")
         np.testing.assert_array_equal(plain.distance, scaled.distance)
         assert torch.equal(plain.adversarial, scaled.adversarial)
 
@@ -262,6 +268,17 @@ def test_equal_logits_of_a_net_with_integer_logits_do_not_hold_it_up() -> None:
     found = FAB()(net, x, torch.tensor([0]), norm="linf")
     truth = (1 - 0.9) / 2
     assert truth <= found.distance[0] <= 1.1 * truth
+
+
+def test_a_range_without_end_is_no_obstacle_to_restarts() -> None:
+    net = linear(3)
+    x, y = data(net, 5)
+    found = FAB(steps=5, restarts=3)(net, x, y, norm="l2", low=-math.inf, high=math.inf)
+    np.testing.assert_allclose(found.distance, exact(net, x, y, "l2").numpy(), rtol=6e-3)
+    dead = Dead().eval()
+    still = FAB(steps=2, restarts=2)(dead, x, dead(x).argmax(1), norm="l2", low=-math.inf, high=math.inf, trace=True)
+    assert still.trace is not None
+    assert all(bool(step.points.isfinite().all()) for step in still.trace)
 
 
 def test_targets_are_as_many_as_there_are_other_classes() -> None:

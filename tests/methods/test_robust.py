@@ -36,6 +36,9 @@ ALL: list[RobustTraining] = [
     FreeTraining(eps=0.2, replays=3),
 ]
 
+QUICK = ("full_precision", "ste", "binary_connect", "adaste", "bop")
+EVERY = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in qlab.methods.CATALOG]
+
 NOTHING = 1e-60  # an eps that is 0 in float32: an adversary without reach
 
 
@@ -319,9 +322,36 @@ def test_learning_rate_and_schedules_of_free_training_move_with_every_replay() -
     assert [lr for _, lr in seen] == pytest.approx([0.5 * cosine(k / total) for k in range(total)])
 
 
+# ---- it does what it is for -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["full_precision", "ste"])
+def test_robust_training_raises_the_accuracy_under_pgd(name: str) -> None:
+    # Binary weights with float activations: gradients of the inputs are exact, so PGD is not blind.
+    from qlab.attacks.pgd import PGD
+    from qlab.attacks.victim import pixels
+
+    data, eps = qlab.data.load("digits"), 0.15
+    test = data.split("test")
+    accuracy = {}
+    for training in (None, PGDTraining(eps=eps), TRADES(eps=eps)):
+        net = qlab.build("mlp", (1, 8, 8), 10, hidden=(128, 128), final_norm=True, seed=0)
+        method = create(name, net, seed=0)
+        run = qlab.fit(method, data, epochs=20, robust=training, progress=False, validate_every=0)
+        victim = pixels(run.deployed, data)
+        found = PGD(steps=40, restarts=2, loss="margin")(victim, test.x / 255, test.y, eps)
+        accuracy[training.name if training else "plain"] = found.accuracy
+        assert run.metrics["test/acc"] > 0.9
+    assert accuracy["plain"] < 0.1
+    assert accuracy["pgd"] > 0.4
+    assert accuracy["trades"] > 0.4
+
+
 # ---- with every method ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", EVERY)
 def test_goes_with_every_method(name: str) -> None:
     torch.manual_seed(7)
     state = torch.get_rng_state()
@@ -337,6 +367,7 @@ def test_goes_with_every_method(name: str) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.parametrize("name", EVERY)
 def test_an_adversary_without_reach_leaves_plain_training_bit_for_bit(name: str) -> None:
     # Points are the inputs then, so what differs would be a trace of the inner attack: gradients, statistics, noise.
     plain = train(name, epochs=1)
