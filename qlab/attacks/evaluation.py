@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from qlab.attacks.ball import Norm
+from qlab.attacks.checks import wilson
 from qlab.diagnose.base import Result
 from qlab.errors import InputError
 
@@ -19,19 +20,9 @@ if TYPE_CHECKING:
     from qlab.attacks.honesty import Honesty
     from qlab.plots.figure import Figure
 
-__all__ = ["BROKEN", "LEFT", "NOT_ASKED", "Evaluation", "wilson"]
+__all__ = ["BROKEN", "LEFT", "NOT_ASKED", "Evaluation"]
 
 NOT_ASKED, LEFT, BROKEN = -1, 0, 1
-
-
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Return the Wilson interval of a share, (0, 1) for n = 0."""
-    from scipy.stats import binomtest
-
-    if n == 0:
-        return 0.0, 1.0
-    interval = binomtest(successes, n).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 @dataclass(frozen=True)

@@ -179,7 +179,7 @@ class CoordinateSearch(Attack):
                 turned = torch.randint(0, 2, (len(group),), generator=noise).to(block.device)
                 for part in at.split(max(1, self.batch // (2 * len(group)))):
                     walk.improve(part, masks, turned)
-                ledger.step(at, walk.points[at], walk.margin[at])
+                ledger.step(at, walk.points[at].reshape(-1, *walk.shape), walk.margin[at])
                 yield (r + (g + 1) / len(groups)) / self.passes
             going &= (walk.points != before).any(1)
 

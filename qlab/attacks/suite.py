@@ -136,8 +136,8 @@ def evaluating(
     *,
     attacks: str | Mapping[str, Attack] = "standard",
     norm: Norm = "linf",
-    low: float | Tensor = 0.0,
-    high: float | Tensor = 1.0,
+    low: float | Tensor | None = None,
+    high: float | Tensor | None = None,
     samples: int | None = 1000,
     twin: nn.Module | None = None,
     fast: Any = None,
@@ -152,7 +152,8 @@ def evaluating(
         net, data, eps: as in `evaluate`.
         attacks: a name of `SUITES`, or attacks by title in the order they are to run.
         norm: of the balls.
-        low, high: range of the inputs.
+        low, high: range of the inputs; [0, 1] for tensors and pictures, and for other data sets of the lab their own range with
+            half its width beyond either end.
         samples: how many test examples of a data set; all for None.
         twin: a float net of the same task for the transfer attack; it takes what `net` takes.
         fast: a packed net of the same logits, for questions without gradients.
@@ -171,6 +172,7 @@ def evaluating(
         x, y = data
     else:
         x, y = examples(data, samples)
+        low, high = _range(data, low, high)
         net, twin, fast = _in_units(net, data), _in_units(twin, data), _fast_in_units(fast, data)
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor):
@@ -178,6 +180,7 @@ def evaluating(
                 f"{name} is a {type(value).__name__}; expected data as a data set of the lab, or tensors (x, y)"
             )
     net = checked(net, x, y, 256)
+    low, high = 0.0 if low is None else low, 1.0 if high is None else high
     chosen = suite(attacks, norm, twin, seed) if isinstance(attacks, str) else dict(attacks)
     if not chosen:
         raise InputError(f"no attack is left for {norm}; expected at least one")
@@ -258,6 +261,17 @@ def _radii(eps: Sequence[float] | float) -> tuple[float, ...]:
     if not values or any(isinstance(v, bool) or not isinstance(v, int | float) or not 0 < v < math.inf for v in values):
         raise InputError(f"eps is {eps!r:.60}; expected one or more positive numbers, in the units of the inputs")
     return tuple(sorted({float(v) for v in values}))
+
+
+def _range(data: Any, low: Any, high: Any) -> tuple[Any, Any]:
+    """Return the range of a data set: [0, 1] for pictures in bytes."""
+    splits = [data.split(part).x for part in ("train", "test")]
+    if all(x.dtype == torch.uint8 for x in splits):
+        ends = (0.0, 1.0)
+    else:
+        ends = (min(float(x.min()) for x in splits), max(float(x.max()) for x in splits))
+        ends = (1.5 * ends[0] - 0.5 * ends[1], 1.5 * ends[1] - 0.5 * ends[0])
+    return ends[0] if low is None else low, ends[1] if high is None else high
 
 
 def _in_units(net: Any, data: Any) -> Any:

@@ -37,7 +37,7 @@ def test_captums_pgd_with_its_threshold_calls_a_saturated_net_robust_and_without
     digits_net: Net,
 ) -> None:
     net, x, y = digits_net
-    loud = Scaled(net, 8.0).eval()
+    loud = Scaled(net, 5.0).eval()
     theirs = from_captum("PGD", 10)(loud, x, y, EPS)
     blind = from_captum("PGD", 10, zero_thresh=1e-6)(loud, x, y, EPS)
     ours = PGD(10, random_start=False)(loud, x, y, EPS)

@@ -87,18 +87,21 @@ def test_the_worst_allowed_point_is_kept_by_brute_force(planes: Digits, norm: No
     for i in range(len(x)):
         z = net(x[i])
         best, broken, value = x[i], bool(z.argmax() != y[i]), float(margin(z[None], y[i : i + 1]))
+        last = broken
         assert found.clean[i] == (not broken)
         for points in replay(attack, x, eps, norm) if not broken else []:
             p = points[i]
             inside = bool(((p >= 0) & (p <= 1)).all())
             inside &= bool(np.linalg.norm((p - x[i]).numpy(), order) <= eps)
             wrong, m = bool(net(p).argmax() != y[i]), float(margin(net(p)[None], y[i : i + 1]))
+            last = wrong and inside
             if inside and (wrong, m) > (broken, value):
                 best, broken, value = p, wrong, m
             if broken and early_stop:
                 break
         assert torch.equal(found.adversarial[i], best)
         assert bool(found.success[i]) == broken
+        assert bool(found.at_end[i]) == last
         np.testing.assert_allclose(found.margin[i], value, rtol=1e-5, atol=1e-6)
         delta = (best - x[i]).numpy()
         np.testing.assert_allclose(found.distance[i], np.linalg.norm(delta, order) if broken else np.inf, rtol=1e-14)

@@ -233,19 +233,20 @@ def test_each_coordinate_is_where_it_was_or_at_an_end() -> None:
 
 
 def test_moves_that_change_nothing_are_made_only_where_ties_are_allowed() -> None:
-    # z_1 - z_0 = floor(sum / 1): one of 4 inputs alone never shows, all of them do.
+    # z_1 - z_0 = floor(sum / 0.35): no single move of 0.1 shows, all four of them do.
     class Floor(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             total = (x - 0.5).sum(1)
             return torch.stack([torch.zeros_like(total), (total / 0.35).floor()], 1)
 
-    x, y = torch.full((30, 4), 0.5, dtype=F64) + 1e-3 * pictures(30, 4), torch.zeros(30, dtype=torch.int64)
+    x, y = torch.full((2, 4), 0.5, dtype=F64) + 1e-3 * pictures(2, 4), torch.zeros(2, dtype=torch.int64)
     net = Floor().eval()
-    moving = CoordinateSearch(passes=4, together=1, ties=True)(net, x, y, 0.1)
-    standing = CoordinateSearch(passes=4, together=1, ties=False)(net, x, y, 0.1)
-    assert standing.accuracy == 1
-    assert torch.equal(standing.adversarial, x)
-    assert moving.accuracy < 1
+    moving, standing = (
+        [CoordinateSearch(passes=8, together=1, ties=ties, seed=seed)(net, x, y, 0.1) for seed in range(10)]
+        for ties in (True, False)
+    )
+    assert all(torch.equal(found.adversarial, x) for found in standing)
+    assert sum(found.success.all() for found in moving) >= 3
 
 
 def test_questions_of_coordinates_come_in_batches() -> None:
