@@ -12,12 +12,14 @@ from qlab.widgets.cockpit import AnnealingCockpit
 from qlab.widgets.duel import MethodDuel
 from qlab.widgets.landscape import LandscapeExplorer
 from qlab.widgets.mismatch import GradientMismatch
+from qlab.widgets.replay import AttackReplay
 from qlab.widgets.studio import Studio
 from qlab.widgets.time_travel import TimeTravel
 from qlab.widgets.vanishing import VanishingMicroscope
 
 __all__ = [
     "AnnealingCockpit",
+    "AttackReplay",
     "AttributionGuard",
     "BitLab",
     "GradientMismatch",

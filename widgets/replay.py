@@ -8,8 +8,8 @@
     view.run().result()                                 # in the background otherwise
     view.found                                          # the numbers: qlab.attacks.replay.Replay
 
-No mathematics stands here: everything shown comes from `qlab.attacks.replay`. Paths of all attackers are computed once, so the slider
-only picks a step; another example, radius or loss runs them again in a Job, whose newest request wins.
+No mathematics stands here: everything shown comes from `qlab.attacks.replay`. Paths of all attackers are computed once, so the
+slider only picks a step; another example, radius or loss runs them again in a Job, whose newest request wins.
 """
 
 from __future__ import annotations
@@ -235,12 +235,12 @@ class AttackReplay(View):
     def _told(self, job: Job) -> None:
         """Show what the work has found; runs in the job's thread."""
         with self._lock:
-            if job.value is not None:
+            before, complete = self.found, self._complete
+            if job.value is not None or job.status == "failed":
                 self.found = job.value
-            if job.status == "failed" and job.value is None:
-                self.found = None
             self._complete = job.status == "done"
-            self._show()
+            if self.found is not before or self._complete != complete:
+                self._show()
         if job.status == "running":
             self._say(f"{job.text} ...", phase="running", fraction=job.fraction)
             return
@@ -255,21 +255,9 @@ class AttackReplay(View):
         """Return complete settings; what is out of range is told. None of a net of the lab's own: what it brings along."""
         place = dict(place)
         count = self._count(place)
-        for name, last in (
-            ("example", None if count is None else count - 1),
-            ("step", self._options.get("steps", _STEPS)),
-        ):
-            value = place[name]
-            if value is None and name == "example" and self._own:
-                continue
-            if (
-                isinstance(value, bool)
-                or not isinstance(value, int)
-                or value < 0
-                or (last is not None and value > last)
-            ):
-                end = "" if last is None else f" to {last}"
-                raise InputError(f"{name} is {value!r:.40}; expected a whole number from 0{end}")
+        _whole("step", place["step"], self._steps)
+        if not (place["example"] is None and self._own):
+            _whole("example", place["example"], math.inf if count is None else count - 1)
         eps = place["eps"]
         if not (eps is None and self._own):
             if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 < eps < math.inf:
@@ -279,6 +267,12 @@ class AttackReplay(View):
             if not isinstance(place[name], str) or place[name] not in known:
                 raise UnknownNameError(name, place[name], known)
         return place
+
+    @property
+    def _steps(self) -> float:
+        """T; infinite for attacks of a user's own, which have their own number."""
+        own = isinstance(self._options.get("attackers"), Mapping)
+        return math.inf if own else self._options.get("steps", _STEPS)
 
     def _count(self, place: Mapping[str, Any]) -> int | None:
         """Return how many examples there are; None where the net of the lab's own is not made yet."""
@@ -321,6 +315,12 @@ def _known(changes: Mapping[str, Any]) -> dict[str, Any]:
     if wrong:
         raise InputError(f"there is no field {wrong[0]!r:.40}; expected {', '.join(_FIELDS)}")
     return dict(changes)
+
+
+def _whole(name: str, value: object, last: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= last:
+        end = f"from 0 to {last}" if math.isfinite(last) else "that is not negative"
+        raise InputError(f"{name} is {value!r:.40}; expected a whole number {end}")
 
 
 def _at_step(found: Replay, step: int) -> str:

@@ -18,7 +18,7 @@ replay                                             the paths of several attacker
 base, ball, losses, victim, hyperplane             what they share
 """
 
-# Not by name on first use: a function named as its module (`honesty`, `replay`) would be hidden once another file has imported that.
+# Not by name on first use: a function named as its module (`honesty`) would be hidden once another file has imported that.
 from __future__ import annotations
 
 from qlab.attacks.adapters import Foreign, from_captum, from_foolbox, from_torchattacks

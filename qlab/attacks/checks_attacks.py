@@ -55,6 +55,7 @@ TARGETS = 3
 REPAIR: dict[Mechanism, str] = {
     "V": "a small temperature (NJS, HNS), the margin as loss, or float64",
     "S": "BPDA with another stand-in, smoothing (NES), or search without gradients (Square)",
+    "tuning": "more steps and restarts, APGD, and the worst case over losses",
 }
 V_REPAIR = REPAIR["V"]
 VS_REPAIR = f"{V_REPAIR}; if these do not help, {REPAIR['S']}"

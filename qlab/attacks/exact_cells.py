@@ -14,9 +14,9 @@ Shapes: x (D,), rows R.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from scipy.optimize import linprog, nnls
 
 from qlab.attacks.ball import Norm
 from qlab.attacks.exact_layers import Cell, Flags, Floats
@@ -109,6 +109,13 @@ def _rows(cell: Cell) -> tuple[Floats, Floats, Flags] | None:
     return cell.G[~flat] / size[~flat, None], cell.h[~flat] / size[~flat], cell.open[~flat]
 
 
+def _linprog(cost: Floats, A: Floats, b: Floats, bounds: Floats) -> Any:
+    """Minimise cost v over A v <= b within bounds."""
+    from scipy.optimize import linprog
+
+    return linprog(cost, A, b, bounds=bounds, options=_TIGHT)
+
+
 def _closest(G: Floats, h: Floats, x: Floats, norm: Norm, box: Box) -> Floats | None:
     """Return the point of the closed cell in the box nearest to x, or None if there is none."""
     if bool((G @ x + h >= 0).all()):
@@ -124,14 +131,14 @@ def _closest_linf(G: Floats, h: Floats, x: Floats, box: Box) -> Floats | None:
     one, eye = np.ones((D, 1)), np.eye(D)
     A = np.vstack([np.hstack([-G, np.zeros((len(G), 1))]), np.hstack([eye, -one]), np.hstack([-eye, -one])])
     bounds = np.vstack([np.stack([box.low, box.high], 1), [0, np.inf]])
-    found = linprog(np.append(np.zeros(D), 1.0), A, np.concatenate([h, x, -x]), bounds=bounds, options=_TIGHT)
+    found = _linprog(np.append(np.zeros(D), 1.0), A, np.concatenate([h, x, -x]), bounds)
     return box.clip(found.x[:D]) if found.status == 0 else None
 
 
 def _closest_l1(G: Floats, h: Floats, x: Floats, box: Box) -> Floats | None:
     """min sum(u + v) over x' = x + u - v, u, v >= 0."""
     A, b, bounds = _both_ways(G, h, x, box)
-    found = linprog(np.ones(2 * len(x)), A, b, bounds=bounds, options=_TIGHT)
+    found = _linprog(np.ones(2 * len(x)), A, b, bounds)
     if found.status != 0:
         return None
     u, v = np.split(found.x, 2)
@@ -145,6 +152,8 @@ def _both_ways(G: Floats, h: Floats, x: Floats, box: Box) -> tuple[Floats, Float
 
 def _closest_l2(G: Floats, h: Floats, x: Floats, box: Box) -> Floats | None:
     """min ||s||_2 over s = x' - x:  E s >= f, by non-negative least squares in the rows."""
+    from scipy.optimize import nnls
+
     eye = np.eye(len(x))
     E = np.vstack([G, eye, -eye])
     f = np.concatenate([-(G @ x + h), box.low - x, x - box.high])
@@ -167,10 +176,10 @@ def _inner(G: Floats, h: Floats, rows: Flags, box: Box, reach: Floats | None = N
     D = G.shape[1]
     bounds = np.stack([box.low, box.high], 1) if reach is None else reach
     if not rows.any():
-        found = linprog(np.zeros(D), -G, h, bounds=bounds, options=_TIGHT)
+        found = _linprog(np.zeros(D), -G, h, bounds)
         return box.clip(found.x) if found.status == 0 else None
     A = np.hstack([-G, rows[:, None].astype(float)])
-    found = linprog(np.append(np.zeros(D), -1.0), A, h, bounds=np.vstack([bounds, [0, 1]]), options=_TIGHT)
+    found = _linprog(np.append(np.zeros(D), -1.0), A, h, np.vstack([bounds, [0, 1]]))
     if found.status != 0 or found.x[-1] <= SLACK:
         return None
     return box.clip(found.x[:D])
@@ -191,11 +200,10 @@ def _attained(G: Floats, h: Floats, strict: Flags, x: Floats, norm: Norm, box: B
         return inner is not None and bool((G @ inner + h > room)[strict].all())
     A, b, bounds = _both_ways(G, h, x, box)
     A = np.vstack([np.hstack([A, strict[:, None].astype(float)]), np.append(np.ones(2 * len(x)), 0.0)])
-    found = linprog(
+    found = _linprog(
         np.append(np.zeros(2 * len(x)), -1.0),
         A,
         np.append(b, d + slack),
-        bounds=np.vstack([bounds, [0, 1]]),
-        options=_TIGHT,
+        np.vstack([bounds, [0, 1]]),
     )
     return found.status == 0 and found.x[-1] > room

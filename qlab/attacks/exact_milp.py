@@ -27,7 +27,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from qlab.attacks.ball import Norm
 from qlab.attacks.exact_cells import Box, Nearest, length, nearest
@@ -266,6 +265,8 @@ class _Program:
 
     def solve(self, limit: float, seconds: float) -> Any:
         """Return what HiGHS says of the least distance up to `limit`."""
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
         D = len(self.x)
         cost = np.zeros(self.V)
         cost[D : D + self.n_distances] = 1.0

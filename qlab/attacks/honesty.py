@@ -11,9 +11,15 @@ V  vanishing    the gradient is right but tiny or rounded away      repair: temp
 S  shattered    the true gradient is zero, or points elsewhere      repair: BPDA, smoothing, search
 R  randomness   the net answers twice differently                   repair: average over draws (EOT)
 
-Some checks fail under V and S alike. Which of them it is, is decided by those that tell them apart. 13 compares the gradient of the
-margin in float64 with the smoothed one: where it passes, the gradient is right, and V is left; where it fails, it is S, and V too
-if 9, 10, 11, 12 or 17 find gradients that have vanished. Where nothing speaks, "V or S" stands.
+Checks 1 to 5, 7 and 8 fail under V and S alike, and by a few examples also under an attack that is merely too weak: ten restarts or a
+thousand questions find more on honest nets too. What their failure means is decided by the witnesses, the checks that look at
+gradients themselves, and by its size:
+
+S       13 fails (the margin's gradient in float64 against the smoothed one), or 12 finds that gradient zero
+V       9, 10, 11, 12 or 17 find gradients that have vanished; or no witness speaks, 13 passes, so the gradient is right, and yet
+        one of these checks puts more than a tenth of the examples in question
+V or S  both kinds of witness speak; or none does, 13 does not pass, and a tenth of the examples is in question
+tuning  no witness speaks, and fewer examples are in question: no sign of masking, and an attack that should be made stronger
 
 To pass all is no proof of robustness: the checks are neither necessary nor sufficient, and each has its chance of a false alarm.
 
@@ -76,6 +82,7 @@ BEFORE_ATTACKS = (12, 16, 17)
 BATCH = 256  # examples that are looked at before all else
 TELL_V = (9, 10, 11, 12, 17)
 TELL_S = (12, 13)
+LARGE = 0.1  # share of examples in question from which on a failure needs no witness
 
 
 @dataclass(frozen=True, eq=False)
@@ -342,14 +349,22 @@ def _panel(exam: Exam, made: list[Check], shown: tuple[Indicator, ...] = (), com
 
 
 def _told_apart(made: list[Check]) -> list[Check]:
-    """Return the checks with "V or S" decided where those that tell them apart have spoken."""
-    failed = {c.number: c.mechanism for c in made if c.state == "fail"}
-    shattered = any(failed.get(k) == "S" for k in TELL_S)
-    sound = any(c.number == 13 and c.state == "pass" for c in made)
-    vanishing = sound or any(failed.get(k) == "V" for k in TELL_V)
-    if vanishing == shattered:
+    """Return the checks with "V or S" decided; see the module docstring."""
+    failed = {c.number: c for c in made if c.state == "fail"}
+    shattered = any(k in failed and failed[k].mechanism == "S" for k in TELL_S)
+    vanishing = any(k in failed and failed[k].mechanism == "V" for k in TELL_V)
+    large = any(
+        c.mechanism == "V or S" and c.examples is not None and c.examples.mean() > LARGE for c in failed.values()
+    )
+    mechanism: Mechanism = "V or S"
+    if not (shattered or vanishing or large):
+        mechanism = "tuning"
+    elif shattered != vanishing:
+        mechanism = "S" if shattered else "V"
+    elif not shattered and any(c.number == 13 and c.state == "pass" for c in made):
+        mechanism = "V"
+    if mechanism == "V or S":
         return made
-    mechanism: Mechanism = "V" if vanishing else "S"
     repair = checks_attacks.REPAIR[mechanism]
     return [replace(c, mechanism=mechanism, repair=repair) if c.mechanism == "V or S" else c for c in made]
 

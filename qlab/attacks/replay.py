@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qlab.attacks import replay_plane
-from qlab.attacks.ball import Ball, Norm
+from qlab.attacks.ball import NORMS, Ball, Norm
 from qlab.attacks.base import Attack
 from qlab.attacks.losses import Loss, misclassified
 from qlab.attacks.replay_paths import ATTACKERS, Attacker, Path, Settings, attackers_for, flat, path_of
@@ -234,8 +234,9 @@ def replaying(
         y: (N,) int64 labels.
         example: which of them.
         eps: radius of the ball, in the units of x.
-        attackers: names of `ATTACKERS`, or attacks of your own by name; `attackers_for(net)` by default.
-        norm: "linf", "l2" or "l1" (which Square is not made for).
+        attackers: names of `ATTACKERS`, or attacks of your own by name; `attackers_for(net)` by default,
+            as far as they are made for the norm.
+        norm: "linf", "l2" or "l1".
         low, high: the range of inputs.
         steps: T of each attacker. Attacks of your own have their own number.
         eta: step length of PGD in the units of x; that of `PGD` by default.
@@ -262,7 +263,7 @@ def replaying(
                 f"example {example} is misclassified already, so there is nothing to attack; choose one that the net has right"
             )
     settings = Settings(float(eps), steps, eta, questions, random_start, loss, seed)
-    chosen = _chosen(net, attackers, settings)
+    chosen = _chosen(net, attackers, settings, norm)
     box = Ball.of(x1, float(eps), norm, low, high)
     sides = [s for s in SIDES if s < side] + [side]
     paths: list[Path] = []
@@ -296,14 +297,17 @@ def _check_numbers(eps: object, steps: object, questions: object, side: object) 
 
 
 def _chosen(
-    net: nn.Module, attackers: Sequence[str] | Mapping[str, Attack] | None, settings: Settings
+    net: nn.Module, attackers: Sequence[str] | Mapping[str, Attack] | None, settings: Settings, norm: Norm
 ) -> dict[str, tuple[str, Attack, int]]:
     """Return title, attack and how often its trace is looked at, by name."""
     if isinstance(attackers, Mapping):
         if not attackers:
             raise InputError("there is no attacker; give at least one")
         return {name: (name, replace(attack, early_stop=False), 1) for name, attack in attackers.items()}
-    names = attackers_for(net) if attackers is None else tuple(attackers)
+    if attackers is None:
+        fitting = attackers_for(net)
+        attackers = tuple(n for n in fitting if norm in ATTACKERS[n].make(settings).norms or norm not in NORMS)
+    names = tuple(attackers)
     if not names or len(set(names)) != len(names):
         raise InputError(f"attackers is {names!r:.80}; expected at least one name, each of them once")
     for name in names:

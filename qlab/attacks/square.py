@@ -134,11 +134,11 @@ class Square(Attack):
             points = best[at] if t == 1 else moves.next(best, at, share(self.p, t - 1, self.queries))
             z = victim.logits(points)
             m = score(z, ledger.y[at])
-            better = m >= value[at] if self.ties else m > value[at]
-            moved = at[better]
-            best[moved] = points[better]
-            value[moved] = m[better]
-            ledger.see(moved, points[better], z[better])
+            rises = m > value[at]
+            ledger.see(at[rises], points[rises], z[rises])
+            moves_to = m >= value[at] if self.ties else rises
+            moved = at[moves_to]
+            best[moved], value[moved] = points[moves_to], m[moves_to]
             ledger.step(at, best[at], value[at])
             yield t / (self.queries - 1)
 
@@ -177,12 +177,17 @@ class _Moves(ABC):
         draws = torch.randint(0, 2, (len(self.ball.x), self.c, *shape), generator=self.noise, dtype=torch.int8)
         return 2 * draws.to(self.ball.x.device) - 1
 
-    def corners(self, a: int, b: int) -> tuple[Tensor, Tensor]:
-        """Return the top row and left column of a random window (a, b) for each example, (N,) each."""
-        count = len(self.ball.x)
-        rows = torch.randint(0, self.h - a + 1, (count,), generator=self.noise)
-        columns = torch.randint(0, self.w - b + 1, (count,), generator=self.noise)
-        return rows.to(self.ball.x.device), columns.to(self.ball.x.device)
+    def places(self, a: int, b: int, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the index of a random window of pictures (n, c, h, w) for the examples at (n,): what it takes is (n, c, a, b)."""
+        count, device = len(self.ball.x), at.device
+        top, left = (
+            torch.randint(0, size - length + 1, (count,), generator=self.noise).to(device)[at, None]
+            for size, length in ((self.h, a), (self.w, b))
+        )
+        rows, columns = top + torch.arange(a, device=device), left + torch.arange(b, device=device)
+        examples = torch.arange(len(at), device=device)[:, None, None, None]
+        channels = torch.arange(self.c, device=device)[None, :, None, None]
+        return examples, channels, rows[:, None, :, None], columns[:, None, None, :]
 
 
 class _Stripes(_Moves):
@@ -198,19 +203,15 @@ class _Stripes(_Moves):
 
     def next(self, best: Tensor, at: Tensor, p: float) -> Tensor:
         """Return the best points of the examples at (n,) with one window moved to an end, (n, ...)."""
-        a, b = side(p, self.h, self.w)
-        top, left = (start[at, None] for start in self.corners(a, b))
+        window = self.places(*side(p, self.h, self.w), at)
+        there = (at[:, None, None, None], *window[1:])
+        low, high = self.low[there], self.high[there]
         up = self.signs(1, 1)[at] > 0
-        rows = torch.arange(self.h, device=at.device)
-        columns = torch.arange(self.w, device=at.device)
-        inside_rows = (rows >= top) & (rows < top + a)
-        inside_columns = (columns >= left) & (columns < left + b)
-        window = (inside_rows[:, :, None] & inside_columns[:, None, :])[:, None]
-        before, low, high = self.pictures(best[at]), self.low[at], self.high[at]
-        after = torch.where(window, torch.where(up, high, low), before)
+        points = self.pictures(best[at])
+        before, after = points[window], torch.where(up, high, low)
         same = (after == before).flatten(1).all(1)[:, None, None, None]
-        after = torch.where(window & same, torch.where(up, low, high), after)
-        return after.reshape(len(at), *self.shape)
+        points[window] = torch.where(same, torch.where(up, low, high), after)
+        return points.reshape(len(at), *self.shape)
 
 
 class _Bumps(_Moves):
@@ -234,7 +235,7 @@ class _Bumps(_Moves):
         """Return the best points of the examples at (n,) with the mass of one window moved into another, (n, ...)."""
         a, b = _odd(side(p, self.h, self.w), (self.h, self.w))
         eta = self._eta(a, b)[at]
-        filled, emptied = (self._places(a, b, at) for _ in range(2))
+        filled, emptied = (self.places(a, b, at) for _ in range(2))
         delta = self.pictures(best[at].double() - self.ball.x[at].double())
         eps = reach(self.ball)[at][:, None, None, None]
         free = (eps**2 - delta.square().sum((1, 2, 3), keepdim=True)).clamp(min=0)
@@ -256,16 +257,6 @@ class _Bumps(_Moves):
         if a != b:
             return eta.expand(len(turned), 1, a, b)
         return torch.where(turned[:, None, None, None], eta.T, eta)
-
-    def _places(self, a: int, b: int, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return the index of a random window of pictures (n, c, h, w) for the examples at (n,); what it takes is (n, c, a, b)."""
-        top, left = (start[at] for start in self.corners(a, b))
-        arange = torch.arange
-        examples = arange(len(at), device=at.device)[:, None, None, None]
-        channels = arange(self.c, device=at.device)[None, :, None, None]
-        rows = top[:, None] + arange(a, device=at.device)
-        columns = left[:, None] + arange(b, device=at.device)
-        return examples, channels, rows[:, None, :, None], columns[:, None, None, :]
 
     def _points(self, at: Tensor, delta: Tensor) -> Tensor:
         """Return points (n, ...) in ball and range for changes (n, c, h, w) scaled to length eps."""

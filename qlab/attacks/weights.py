@@ -1,26 +1,24 @@
-r"""Attacks on weights: which bits, flipped in memory, hurt a binary net most.
+r"""Attacks on weights: flip the bit in memory that hurts most, and the next, and the next (progressive bit search).
 
-    delta_i = L(w with w_i -> -w_i) - L(w)            of the deployed net, on one batch; exact for every bit (`weakest_bits`)
+In each step, bits are ranked in every layer by what back-propagation predicts for the loss, -2 w_i g_i; the first n of each layer
+are flipped for real, one at a time, and the one that raises the loss most stays flipped. With rank="exact" every bit is tried by
+the flip oracle: where gradients vanish or lie, this is the better ranking, and the difference between both shows it. Random flips
+of as many bits, over seeds, are what memory faults do. What each single flip does by itself is in `qlab.attacks.weight_bits`.
 
-Progressive bit search flips one bit after the other. In each step, bits are ranked in every layer by what back-propagation
-predicts, -2 w_i g_i; the first n of each layer are flipped for real, one at a time, and the one that raises the loss most stays
-flipped (`bit_search`). With rank="exact" every bit is tried by the flip oracle: where gradients vanish or lie, this is the better
-ranking, and the difference between both shows it. Random flips of as many bits, over seeds, are what memory faults do.
-
-Deviations from the paper: its bits are those of 8-bit codes, ours are signs; it flips n bits of a layer together, we compare n single
-flips; we rank by predicted gain, it ranks by |gradient| and then drops the bits that already stand right. A bit is flipped
+Deviations from the paper: its bits are those of 8-bit codes, ours are signs; it flips n bits of a layer together, we compare n
+single flips; we rank by predicted gain, it ranks by |gradient| and then drops the bits that already stand right. A bit is flipped
 once at most, and the search ends where no candidate raises the loss.
 
-Source: Rakin, He, Fan 2019, arXiv 1903.12269 (progressive bit search).
+Source: Rakin, He, Fan 2019, arXiv 1903.12269.
 
-Shapes: F bits, T flips, S seeds, N examples.
+Shapes: T flips, S seeds, N examples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
@@ -28,11 +26,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from qlab.attacks.losses import misclassified
-from qlab.attacks.victim import checked, deployed
+from qlab.attacks.victim import checked
+from qlab.attacks.weight_bits import WeakestBits, bit_layers, flip_packed, scanning_bits, source_of, weakest_bits
 from qlab.data.seeding import generator
 from qlab.diagnose.agreement import weight_names
 from qlab.diagnose.base import Result
-from qlab.diagnose.flip_oracle import FlipOracle, binary_layers, flip_oracle, flipping, hard_net
+from qlab.diagnose.flip_oracle import flip_oracle
 from qlab.diagnose.objective import Loss, Objective
 from qlab.errors import InputError, UnknownNameError
 from qlab.jobs import Update, last
@@ -49,7 +48,6 @@ __all__ = [
     "WeakestBits",
     "bit_search",
     "flip_packed",
-    "packed_place",
     "scanning_bits",
     "searching_bits",
     "weakest_bits",
@@ -57,78 +55,8 @@ __all__ = [
 
 Rank = Literal["gradient", "exact"]
 Floats = NDArray[np.float64]
-Whole = NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class WeakestBits(Result):
-    """What every single flip does to loss and accuracy.
-
-    Attributes:
-        layer: (F,) names.
-        index: (F,) positions in the flat weight of that layer.
-        delta: (F,) exact changes of the loss.
-        more_errors: (F,) exact changes of the number of misclassified examples.
-        predicted: (F,) changes of the loss as back-propagation predicts them.
-        loss, errors, examples: of the net before; errors are examples misclassified.
-    """
-
-    layer: NDArray[np.str_]
-    index: Whole
-    delta: Floats
-    more_errors: Whole
-    predicted: Floats
-    loss: float
-    errors: int
-    examples: int
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    @property
-    def accuracy(self) -> float:
-        """Share of examples that are classified correctly before any flip."""
-        return 1 - self.errors / self.examples
-
-    @property
-    def order(self) -> Whole:
-        """Bits by harm: the most errors first, among equals the largest change of the loss."""
-        return np.lexsort((-self.delta, -self.more_errors))
-
-    def frame(self) -> pd.DataFrame:
-        """Return a row per bit, the most harmful first: layer, index, delta, predicted, accuracy_change, accuracy."""
-        import pandas as pd
-
-        at = self.order
-        change = -self.more_errors[at] / self.examples
-        return pd.DataFrame(
-            {
-                "layer": self.layer[at],
-                "index": self.index[at],
-                "delta": self.delta[at],
-                "predicted": self.predicted[at],
-                "accuracy_change": change,
-                "accuracy": self.accuracy + change,
-            }
-        )
-
-    def figure(self) -> Figure:
-        """Return the harm of all bits in falling order, by layer."""
-        from qlab.plots.bit_flips import weakest_figure
-
-        return weakest_figure(self)
-
-    def summary(self) -> str:
-        """Return the figures in words."""
-        worst = int(self.order[0])
-        names = list(dict.fromkeys(self.layer.tolist()))
-        hurt = int((self.more_errors > 0).sum())
-        return (
-            f"Deployed net on {self.examples} examples, {self.accuracy:.1%} right: {len(self):,} bits of {len(names)} layer"
-            f"{'s' if len(names) != 1 else ''} flipped one at a time. {hurt:,} cost accuracy, {int((self.more_errors < 0).sum()):,} "
-            f"gain some, {int((self.delta == 0).sum()):,} do not even change the loss. The most harmful, {self.layer[worst]} "
-            f"[{self.index[worst]}], leaves {self.accuracy - self.more_errors[worst] / self.examples:.1%} right."
-        )
+Bit = tuple[str, int]
+"""A layer and a position in its flat weight."""
 
 
 @dataclass(frozen=True)
@@ -169,38 +97,17 @@ class BitSearch(Result):
         return int(below[0]) if len(below) else None
 
     def frame(self) -> pd.DataFrame:
-        """Return a row per number of flips and search: search ("progressive" or "random"), seed, flips, loss, accuracy, layer, index."""
+        """Return a row per number of flips and search: search, seed, flips, loss, accuracy, layer, index."""
         import pandas as pd
 
-        T = len(self)
-        rows = [
-            pd.DataFrame(
-                {
-                    "search": "progressive",
-                    "seed": 0,
-                    "flips": np.arange(T + 1),
-                    "loss": self.loss,
-                    "accuracy": self.accuracy,
-                    "layer": ["", *self.layer],
-                    "index": [-1, *self.index],
-                }
-            )
-        ]
-        for s in range(len(self.random_loss)):
-            rows.append(
-                pd.DataFrame(
-                    {
-                        "search": "random",
-                        "seed": s,
-                        "flips": np.arange(T + 1),
-                        "loss": self.random_loss[s],
-                        "accuracy": self.random_accuracy[s],
-                        "layer": "",
-                        "index": -1,
-                    }
-                )
-            )
-        return pd.concat(rows, ignore_index=True)
+        own = {"search": "progressive", "seed": 0, "loss": self.loss, "accuracy": self.accuracy}
+        tables = [pd.DataFrame({**own, "layer": ["", *self.layer], "index": [-1, *self.index]})]
+        for s, (loss, accuracy) in enumerate(zip(self.random_loss, self.random_accuracy, strict=True)):
+            row = {"search": "random", "seed": s, "loss": loss, "accuracy": accuracy, "layer": "", "index": -1}
+            tables.append(pd.DataFrame(row))
+        for table in tables:
+            table.insert(2, "flips", np.arange(len(self) + 1))
+        return pd.concat(tables, ignore_index=True)
 
     def figure(self) -> Figure:
         """Return accuracy and loss over the number of flips."""
@@ -216,7 +123,8 @@ class BitSearch(Result):
             f"{self.accuracy[0]:.1%} to {self.accuracy[-1]:.1%}"
         )
         if len(self.random_accuracy):
-            text += f"; as many random flips leave {self.random_accuracy[:, -1].mean():.1%} on average of {len(self.random_accuracy)} draws"
+            draws = self.random_accuracy[:, -1]
+            text += f"; as many random flips leave {draws.mean():.1%} on average of {len(draws)} draws"
         if self.test_accuracy is not None:
             text += f"; on other examples {self.test_accuracy[0]:.1%} become {self.test_accuracy[-1]:.1%}"
         if len(self.silent) and self.silent.max() > 0.5:
@@ -224,76 +132,6 @@ class BitSearch(Result):
                 f". The gradient was exactly zero for up to {self.silent.max():.0%} of the bits: rank='exact' sees more"
             )
         return text + "."
-
-
-def weakest_bits(
-    net: nn.Module | PackedNet,
-    x: Tensor,
-    y: Tensor,
-    *,
-    layers: Sequence[str] | None = None,
-    loss: str | Loss = "cross_entropy",
-    beta: float = 1.0,
-) -> WeakestBits:
-    """Return the exact change of loss and accuracy for each single flip of a binary weight.
-
-    Args:
-        net: in eval mode; of a method of the lab, what it deploys; of a packed net, the net that it was compiled from.
-        x: (N, ...) inputs.
-        y: (N,) labels.
-        layers: names of `qlab.diagnose.binary_layers`; all of them by default.
-        loss: a name of `qlab.diagnose.objective.LOSSES`, or logits and labels to one loss per example.
-        beta: what the logits are multiplied by in the loss.
-
-    Raises:
-        InputError: a net without bits; a packed net without its source; and what `checked` says.
-        UnknownNameError: no such layer.
-    """
-    return last(scanning_bits(net, x, y, layers=layers, loss=loss, beta=beta), WeakestBits)
-
-
-def scanning_bits(
-    net: nn.Module | PackedNet,
-    x: Tensor,
-    y: Tensor,
-    *,
-    layers: Sequence[str] | None = None,
-    loss: str | Loss = "cross_entropy",
-    beta: float = 1.0,
-) -> Generator[Update, None, None]:
-    """Yield progress of `weakest_bits`; a value holds the layers done so far."""
-    net = checked(_source(net), x, y, len(x))
-    names = _layers(net, x, layers)
-    done: list[tuple[FlipOracle, Whole]] = []
-    with torch.no_grad():
-        errors = int(misclassified(hard_net(net)(x), y).sum())
-    for i, name in enumerate(names):
-        scan: FlipOracle | None = None
-        for update in flipping(net, x, y, name, loss=loss, beta=beta):
-            scan = scan if update.value is None else update.value
-            yield Update((i + 0.5 * update.fraction) / len(names), update.text)
-        assert scan is not None
-        wrong = flip_oracle(net, x, y, name, loss=_wrong)
-        done.append((scan, np.rint(wrong.delta * len(x)).astype(np.int64)))
-        yield Update(
-            (i + 1) / len(names),
-            f"{name}: {len(scan.index):,} bits",
-            WeakestBits(
-                np.concatenate([np.full(len(s.index), s.layer) for s, _ in done]),
-                np.concatenate([s.index for s, _ in done]),
-                np.concatenate([s.delta for s, _ in done]),
-                np.concatenate([more for _, more in done]),
-                np.concatenate([s.predicted for s, _ in done]),
-                scan.loss,
-                errors,
-                len(x),
-            ),
-        )
-
-
-def _wrong(z: Tensor, y: Tensor) -> Tensor:
-    """1 where an example is misclassified: the loss whose mean is the error rate."""
-    return misclassified(z, y).to(z.dtype)
 
 
 def bit_search(
@@ -364,10 +202,12 @@ def searching_bits(
         raise InputError(
             f"flips is {flips!r}, candidates {candidates!r} and seeds {seeds!r}; expected at least 1, 1 and 0"
         )
-    net = checked(_source(net), x, y, len(x))
-    memory = _Memory(net, x, y, _layers(net, x, layers), loss, beta, test)
+    net = checked(source_of(net), x, y, len(x))
+    memory = _Memory(net, x, y, bit_layers(net, x, layers), loss, beta, test)
     loss0, accuracy0, tested = memory.measure(True)
-    losses, accuracies, tests, found, silent = [loss0], [accuracy0], [tested], [], []
+    losses, accuracies, tests = [loss0], [accuracy0], [tested]
+    found: list[Bit] = []
+    silent: list[float] = []
     random: list[tuple[list[float], list[float]]] = []
 
     def result() -> BitSearch:
@@ -455,9 +295,7 @@ class _Memory:
             other = 1 - float(misclassified(self.net(self.test[0]), self.test[1]).double().mean())
         return value, 1 - float(misclassified(z, self.J.y).double().mean()), other
 
-    def worst(
-        self, n: int, rank: Rank, flipped: set[tuple[str, int]], now: float
-    ) -> tuple[tuple[str, int] | None, float]:
+    def worst(self, n: int, rank: Rank, flipped: set[Bit], now: float) -> tuple[Bit | None, float]:
         """Return the candidate whose flip raises the loss most, None if none does, and the share of predictions that are zero."""
         best, top, still = None, now, 0
         gradients = self.J.gradient(list(self.names.values()))
@@ -480,7 +318,7 @@ class _Memory:
                     best, top = (layer, i), after
         return best, still / self.bits
 
-    def draw(self, count: int, noise: torch.Generator) -> list[tuple[str, int]]:
+    def draw(self, count: int, noise: torch.Generator) -> list[Bit]:
         """Return distinct bits, all equally likely."""
         ends = np.cumsum(self.sizes)
         out = []
@@ -488,75 +326,3 @@ class _Memory:
             j = int(np.searchsorted(ends, k, side="right"))
             out.append((list(self.names)[j], k - int(ends[j]) + self.sizes[j]))
         return out
-
-
-def _layers(net: nn.Module, x: Tensor, layers: Sequence[str] | None) -> list[str]:
-    """Return the layers of bits that are attacked."""
-    found = binary_layers(net, x)
-    if not found:
-        raise InputError("this net has no layer of bits; quantize it first, with qlab.quantize(net, weights=Sign)")
-    for name in layers or ():
-        if name not in found:
-            raise UnknownNameError("layer of bits", name, found)
-    return found if layers is None else list(layers)
-
-
-def _source(net: Any) -> nn.Module:
-    """Return the net behind a packed net; a net as it is."""
-    if isinstance(net, nn.Module):
-        return deployed(net)
-    source = getattr(net, "source", None)
-    if source is None and hasattr(net, "graph"):
-        raise InputError(
-            "this packed net was read from a file, and the search needs the net that it was compiled from: compile it again, or flip "
-            "single bits of the file's net with flip_packed"
-        )
-    return deployed(net if source is None else source)
-
-
-def packed_place(packed: PackedNet, layer: str, index: int) -> tuple[tuple[int, ...], int]:
-    """Return where a weight lies in a packed net: the position of its word in `bits(packed, layer).words`, and its bit there.
-
-    Args:
-        packed: a packed net.
-        layer: one whose weights are bits.
-        index: in the flat weight of the original layer.
-
-    Raises:
-        InputError, UnknownNameError: as `qlab.binary.inspect.bits`; an index out of range.
-    """
-    from qlab.binary.bits import WORD
-    from qlab.binary.inspect import bits
-
-    found = bits(packed, layer)
-    shape = (found.units, found.channels, *found.taps)  # channels first, as the original weight
-    if not 0 <= index < int(np.prod(shape)):
-        raise InputError(f"index is {index}; {layer!r} has {int(np.prod(shape)):,} weights, counted from 0")
-    unit, channel, *taps = (int(v) for v in np.unravel_index(index, shape))
-    return (unit, *taps, channel // WORD), channel % WORD
-
-
-def flip_packed(packed: PackedNet, layer: str, index: int) -> PackedNet:
-    """Return a packed net with one bit of its weights flipped in memory; the one given stays as it is.
-
-    Args:
-        packed, layer, index: as for `packed_place`.
-    """
-    from qlab.binary.inspect import PACKED
-    from qlab.binary.packed import PackedNet
-
-    place, bit = packed_place(packed, layer, index)
-    step = next(s for s in packed.graph.steps if s.layer == layer and s.op in PACKED)
-    name = step.tensors["weight"]
-    words = packed.graph.tensors[name].copy()
-    shape = (len(words), *_taps(packed, layer), -1)
-    words.reshape(shape)[place] ^= np.uint64(1) << np.uint64(bit)
-    flipped = PackedNet(replace(packed.graph, tensors={**packed.graph.tensors, name: words}))
-    flipped.backend = packed.backend
-    return flipped
-
-
-def _taps(packed: PackedNet, layer: str) -> tuple[int, ...]:
-    from qlab.binary.inspect import bits
-
-    return bits(packed, layer).taps

@@ -10,7 +10,8 @@ from qlab.plots.figure import Figure
 from qlab.plots.training import COLOURS
 
 if TYPE_CHECKING:
-    from qlab.attacks.weights import BitSearch, WeakestBits
+    from qlab.attacks.weight_bits import WeakestBits
+    from qlab.attacks.weights import BitSearch
 
 __all__ = ["search_figure", "weakest_figure"]
 

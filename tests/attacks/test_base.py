@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import qlab
 import qlab.methods
-from qlab.attacks.ball import NORMS, Norm, norms
+from qlab.attacks.ball import NORMS, Ball, Norm, norms
 from qlab.attacks.base import Attack, Attacked, Ledger
 from qlab.attacks.losses import margin
 from qlab.attacks.pgd import PGD
@@ -119,7 +119,13 @@ def test_the_nearest_broken_point_is_kept_by_brute_force(planes: Digits, eps: fl
         ok = (net(points).argmax(1) != y[i]) & ((points >= 0) & (points <= 1)).all(1) & (distance <= (eps or math.inf))
         nearest = float(distance[ok].min()) if bool(ok.any()) else math.inf
         np.testing.assert_allclose(found.distance[i], nearest, rtol=1e-14)
+        if not found.success[i]:  # the worst of what was allowed
+            inside = ((points >= 0) & (points <= 1)).all(1) & (distance <= (eps or math.inf))
+            asked = torch.cat([x[i : i + 1], points[inside]])
+            np.testing.assert_allclose(found.margin[i], margin(net(asked), y[i].expand(len(asked))).max(), rtol=1e-12)
     assert found.eps == (eps or math.inf)
+    assert bool(Ball.of(x, eps or math.inf, "l2").contains(found.adversarial).all())
+    assert not found.success.all()
     assert (found.within(0.2) == (found.distance <= 0.2)).all()
 
 

@@ -137,7 +137,7 @@ def test_sizes_follow_success() -> None:
     np.testing.assert_allclose(walk.e.numpy(), 0.1 * np.exp([0.225, -0.075, 0.225, -0.075]))
 
 
-def test_half_of_the_orthogonal_steps_succeed_where_there_is_room() -> None:
+def test_half_of_the_orthogonal_steps_succeed_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
     x = pictures(30, 40)
     net = dividing(x)
     rates: list[Tensor] = []
@@ -147,13 +147,8 @@ def test_half_of_the_orthogonal_steps_succeed_where_there_is_room() -> None:
             super().learn(at, wrong)
             rates.append(wrong.double().mean(1))
 
-    import qlab.attacks.boundary as home
-
-    home._Sphere = Watched  # type: ignore[misc]
-    try:
-        Boundary(steps=300)(net, x, labelled(net, x), norm="l2", low=-10.0, high=10.0)
-    finally:
-        home._Sphere = _Sphere  # type: ignore[misc]
+    monkeypatch.setattr("qlab.attacks.boundary._Sphere", Watched)
+    Boundary(steps=300)(net, x, labelled(net, x), norm="l2", low=-10.0, high=10.0)
     orthogonal, source = torch.stack(rates[50:]).mean(0).tolist()
     assert orthogonal == pytest.approx(0.5, abs=0.08)
     assert source == pytest.approx(0.25, abs=0.08)

@@ -383,6 +383,18 @@ def test_another_backward_rule_is_offered_only_where_there_is_one() -> None:
     assert set(attackers_for(relu_net())) <= set(ATTACKERS)
 
 
+def test_attackers_that_are_not_made_for_the_norm_are_left_out_by_default() -> None:
+    net = relu_net()
+    x, y = inputs(net, 12)
+    found = replay(net, x, y, 0, 0.5, norm="l1", steps=2, side=3)
+    assert [path.name for path in found.paths] == ["plain", "hns", "nes"]
+    assert (found.frame()["distance"] <= 0.5).all()
+    with pytest.raises(InputError, match="not for l1"):
+        replay(net, x, y, 0, 0.5, ("square",), norm="l1")
+    with pytest.raises(UnknownNameError, match="norm"):
+        replay(net, x, y, 0, 0.5, norm="l3")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -12,7 +12,18 @@ import subprocess
 import pytest
 
 WIDGETS = pathlib.Path(__file__).parents[2] / "widgets"
-VIEWS = ("studio", "bitlab", "landscape", "mismatch", "vanishing", "time_travel", "attribution", "cockpit", "duel")
+VIEWS = (
+    "studio",
+    "bitlab",
+    "landscape",
+    "mismatch",
+    "vanishing",
+    "time_travel",
+    "attribution",
+    "cockpit",
+    "duel",
+    "replay",
+)
 BUNDLES = tuple(f"{view}.{kind}" for view in VIEWS for kind in ("js", "css"))
 
 
