@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 __all__ = ["Exact", "exact_adversary", "exact_search", "overestimation"]
 
 Method = Literal["auto", "plane", "patterns", "milp"]
+FEW = 2**8  # patterns; with more of them, mixed-integer programs are quicker (measured on nets of 64 inputs)
 SOLVER = 1e-6  # what a mixed-integer solver calls equal
 
 
@@ -298,7 +299,7 @@ def _choose(method: Method, stages: Stages, norm: Norm) -> str:
             f"the net takes {stages.inputs} numbers; method='plane' is for two, 'patterns' and 'milp' for more"
         )
     if method == "auto":
-        few = count_patterns(stages) <= MAX_PATTERNS
+        few = count_patterns(stages) <= (MAX_PATTERNS if norm == "l2" else FEW)
         method = "plane" if stages.inputs == 2 else "patterns" if few else "milp"
     if method == "milp" and norm == "l2":
         raise InputError(

@@ -11,8 +11,8 @@ V  vanishing    the gradient is right but tiny or rounded away      repair: temp
 S  shattered    the true gradient is zero, or points elsewhere      repair: BPDA, smoothing, search
 R  randomness   the net answers twice differently                   repair: average over draws (EOT)
 
-Checks 1 to 5, 7 and 8 fail under V and S alike, and by a few examples also under an attack that is merely too weak: ten restarts or a
-thousand questions find more on honest nets too. What their failure means is decided by the witnesses, the checks that look at
+Checks 1 to 5, 7 and 8 fail under V and S alike, and by a few examples also under an attack that is merely too weak: ten restarts or
+a thousand questions find more on honest nets too. What their failure means is decided by the witnesses, the checks that look at
 gradients themselves, and by its size:
 
 S       13 fails (the margin's gradient in float64 against the smoothed one), or 12 finds that gradient zero
@@ -260,19 +260,35 @@ def examining(
         if why:
             made.append(Check(number, name, "", "skipped", "tuning", why, ""))
         else:
-            run = work(exam)
             try:
-                while True:
-                    update = next(run)
-                    yield Update((done + weight * update.fraction) / total, f"check {number}, {name}: {update.text}")
-            except StopIteration as end:
-                made.append(end.value)
+                for share, text in (run := _Shares(work(exam))):
+                    yield Update((done + weight * share) / total, f"check {number}, {name}: {text}")
+                made.append(run.result)
             except InputError as error:
                 made.append(Check(number, name, "", "skipped", "tuning", str(error), ""))
         done += weight
         yield Update(done / total, f"check {number}, {name}: {made[-1].state}", _panel(exam, made))
-    shown = yield from _indicators(exam)
-    yield Update(1.0, "", _panel(exam, made, shown, complete=True))
+    for _, text in (run := _Shares(_indicators(exam))):
+        yield Update(1.0, f"indicators: {text}")
+    yield Update(1.0, "", _panel(exam, made, run.result, complete=True))
+
+
+class _Shares:
+    """A check's work as shares done that never fall: each of its runs counts from 0 to 1, and gets half of what is left."""
+
+    def __init__(self, work: Work[Any]) -> None:
+        self.work = work
+
+    def __iter__(self) -> Generator[tuple[float, str], None, None]:
+        before, left = 0.0, 1.0
+        try:
+            while True:
+                update = next(self.work)
+                left = left / 2 if update.fraction < before else left
+                before = update.fraction
+                yield 1 - left * (1 - before / 2), update.text
+        except StopIteration as end:
+            self.result: Any = end.value
 
 
 def _admitted(

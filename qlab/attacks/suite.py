@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qlab.attacks.ball import Norm
+from qlab.attacks.ball import NORMS, Norm
 from qlab.attacks.base import Attack, Attacked
 from qlab.attacks.evaluation import BROKEN, LEFT, NOT_ASKED, Evaluation
 from qlab.attacks.records import read_record, write_record
@@ -182,6 +182,8 @@ def evaluating(
     net = checked(net, x, y, 256)
     low, high = 0.0 if low is None else low, 1.0 if high is None else high
     chosen = suite(attacks, norm, twin, seed) if isinstance(attacks, str) else dict(attacks)
+    if norm not in NORMS:
+        raise UnknownNameError("norm", norm, NORMS)
     if not chosen:
         raise InputError(f"no attack is left for {norm}; expected at least one")
     store = None if root is None else Path(root)

@@ -203,6 +203,8 @@ def searching_bits(
             f"flips is {flips!r}, candidates {candidates!r} and seeds {seeds!r}; expected at least 1, 1 and 0"
         )
     net = checked(source_of(net), x, y, len(x))
+    if test is not None:
+        checked(net, *test, len(test[0]))
     memory = _Memory(net, x, y, bit_layers(net, x, layers), loss, beta, test)
     loss0, accuracy0, tested = memory.measure(True)
     losses, accuracies, tests = [loss0], [accuracy0], [tested]
@@ -301,7 +303,10 @@ class _Memory:
         gradients = self.J.gradient(list(self.names.values()))
         for layer, name in self.names.items():
             w = self.weights[layer]
-            gain = (-2 * w * gradients[name]).flatten().double()
+            rows = w.abs().flatten(1)
+            # +-alpha as it stands; of the latent weights of a hand-written layer the net reads the signs
+            values = w if bool((rows == rows[:, :1]).all()) else torch.where(w >= 0, 1.0, -1.0).to(w)
+            gain = (-2 * values * gradients[name]).flatten().double()
             still += int((gain == 0).sum())
             if rank == "exact":
                 scan = flip_oracle(self.net, self.J.x, self.J.y, layer, loss=self.loss, beta=self.beta)

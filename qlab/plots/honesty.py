@@ -20,7 +20,7 @@ STYLE = {  # state -> mark, word, colour
     "fail": ("✗", "fail", COLOURS[1]),
     "skipped": ("-", "skipped", "0.55"),
 }
-WORDS = 112  # characters of evidence in a line
+WORDS = 104  # characters of evidence in a line
 LINES = 2
 
 
@@ -45,7 +45,7 @@ def honesty_figure(panel: Honesty) -> Figure:
         if check.state in ("fail", "warn"):
             axes.text(4.15, i, check.mechanism, ha="center", va="center", fontsize=8, color=colour, weight="bold")
         lines = fill(check.words, WORDS, max_lines=LINES, placeholder=" ...")
-        axes.text(4.65, i, lines, va="center", fontsize=7.5, color="0.25", linespacing=1.0)
+        axes.text(4.65, i, lines, va="center", fontsize=8.5, color="0.25", linespacing=1.0)
         axes.axhline(i + 0.5, color="0.9", linewidth=0.6)
     axes.set_title(fill(panel.summary(), 150, max_lines=4, placeholder=" ..."), fontsize=10, loc="left")
     figure.set_label(panel.summary())

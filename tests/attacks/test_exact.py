@@ -379,6 +379,10 @@ def test_no_attack_finds_less_than_the_truth(norm) -> None:
     y = own_class(net, x)
     truth = exact_adversary(net, x, y, norm=norm, low=-2.0, high=2.0)
     assert truth.method == "patterns"
+    assert (
+        exact_adversary(random_net(5, (9,)), x[:1], own_class(random_net(5, (9,)), x[:1]), low=-2.0, high=2.0).method
+        == "milp"
+    )
     draw = generator(18)
     for i in range(len(x)):
         # corners of cubes of many sizes, and points of the whole range

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
+from functools import cache
 
 import numpy as np
 import pytest
@@ -36,10 +38,23 @@ MASKED: dict[str, tuple[str, Callable[[int], nn.Module]]] = {
 
 HONEST: dict[str, Callable[[int], nn.Module]] = {
     "float": lambda seed: trained("relu", seed),
-    "smooth": lambda seed: trained("tanh", seed),
     "adversarially trained": lambda seed: trained("relu", seed, 0.1),
+    "smooth": lambda seed: trained("tanh", seed),
     "smooth, adversarially trained": lambda seed: trained("tanh", seed, 0.1),
 }
+
+FAST = ("huge scale", "saturated sigmoid", "quantized input", "shattered", "noise", "float", "adversarially trained")
+
+
+def named(nets: Mapping[str, object]) -> list[object]:
+    """Return names as parameters; one net of each kind is examined always, all of them by `pytest -m slow`."""
+    return [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in nets]
+
+
+@cache
+def panel_of(name: str) -> Honesty:
+    """Return the panel of a net of seed 0 by its name."""
+    return examined((MASKED[name][1] if name in MASKED else HONEST[name])(0))
 
 
 def examined(net: nn.Module, n: int = 100, **settings: object) -> Honesty:
@@ -50,18 +65,17 @@ def examined(net: nn.Module, n: int = 100, **settings: object) -> Honesty:
 # The planted nets
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", named(MASKED))
 def test_a_masked_net_is_found_with_what_masks_it(name: str) -> None:
-    mechanism, make = MASKED[name]
-    panel = examined(make(0))
+    mechanism, panel = MASKED[name][0], panel_of(name)
     assert panel.masked
     assert panel.mechanisms == (mechanism,)
     assert panel.summary().startswith("Masking: found by check")
 
 
-@pytest.mark.parametrize("name", HONEST)
+@pytest.mark.parametrize("name", named(HONEST))
 def test_an_honest_net_is_not_accused(name: str) -> None:
-    panel = examined(HONEST[name](0))
+    panel = panel_of(name)
     assert not panel.masked, panel.summary()
     assert panel.summary().startswith("No sign of masking found")
     assert panel.complete
@@ -69,7 +83,7 @@ def test_an_honest_net_is_not_accused(name: str) -> None:
 
 
 def test_a_logit_scale_fails_the_checks_that_name_it_and_they_show_how_far_accuracy_falls() -> None:
-    honest, masked = examined(trained()), examined(Scaled(trained(), 1000.0))
+    honest, masked = panel_of("float"), panel_of("huge scale")
     for number in (3, 10, 12):
         assert honest[number].state == "pass"
         assert masked[number].state == "fail"
@@ -80,6 +94,7 @@ def test_a_logit_scale_fails_the_checks_that_name_it_and_they_show_how_far_accur
     assert masked.worst == pytest.approx(honest.worst, abs=0.02)
 
 
+@pytest.mark.slow
 def test_a_steep_net_is_found() -> None:
     # Sigmoids so steep are steps: their gradient is right in a place too small to attack from, and both words fit.
     panel = examined(trained("steep"))
@@ -98,7 +113,7 @@ def test_a_net_with_a_generator_of_its_own_is_found_random() -> None:
 
     panel = examined(Own())
     assert panel.mechanisms == ("R",)
-    assert "cannot average" in panel[16].words or "no attack can" in panel[16].words
+    assert "no attack can average" in panel[16].words
     assert np.isnan(panel.plain)
 
 
@@ -236,7 +251,7 @@ def test_cancelled_work_leaves_the_panel_so_far() -> None:
 
 @pytest.mark.parametrize(("norm", "eps"), [("l2", 0.5), ("l1", 2.0)])
 def test_other_norms(norm: str, eps: float) -> None:
-    x, y = batch(40)
+    x, y = batch(30)
     honest = honesty(trained(), x, y, eps, norm=norm, budget=SMALL, twin=trained(seed=9))  # type: ignore[arg-type]
     assert not honest.masked, honest.summary()
     assert honest[3].evidence["eps"] == pytest.approx({"l2": 8.0, "l1": 64.0}[norm])
@@ -248,16 +263,15 @@ def test_other_ranges_give_the_same_panel() -> None:
     class Shifted(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.net = trained()
+            self.net = copy.deepcopy(trained())
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.net((x + 2) / 4)
 
     x, y = batch(40)
-    here = honesty(trained().double(), x.double(), y, EPS, budget=SMALL)
-    trained().float()
-    there = honesty(Shifted().double().eval(), 4 * x.double() - 2, y, 4 * EPS, low=-2.0, high=2.0, budget=SMALL)
-    trained().float()
+    x = x.double()
+    here = honesty(copy.deepcopy(trained()).double(), x, y, EPS, budget=SMALL)
+    there = honesty(Shifted().double().eval(), 4 * x - 2, y, 4 * EPS, low=-2.0, high=2.0, budget=SMALL)
     assert [c.state for c in here.checks] == [c.state for c in there.checks]
     assert here.plain == there.plain
     assert there[3].evidence["eps"] == 4

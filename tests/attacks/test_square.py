@@ -10,14 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import qlab
 from qlab.attacks.ball import Ball
 from qlab.attacks.base import Ledger
+from qlab.attacks.boundary import Boundary
 from qlab.attacks.pgd import PGD
 from qlab.attacks.random_search import RandomSearch
 from qlab.attacks.square import HALVED, Square, _Bumps, _Moves, _Stripes, bumps, share, side
 from qlab.attacks.victim import Victim
 from qlab.errors import InputError
 from qlab.quantizers import Sign, quantize
+from tests.binary.conftest import binary_net
 
 F64 = torch.float64
 
@@ -379,6 +382,17 @@ def test_a_fast_net_answers_in_place_of_the_net() -> None:
     assert len(slow.asked) == 2  # the check alone
     assert sum(map(len, fast.asked)) == found.forward
     assert torch.equal(found.adversarial, Square(queries=20)(net, x, y, 0.01).adversarial)
+
+
+def test_a_packed_net_leads_to_the_same_points() -> None:
+    net = binary_net("mlp", (36,), hidden=(64, 64))
+    x = pictures(12, 36).float()
+    y = labelled(net, x)
+    packed = qlab.binary.compile(net, x)
+    for attack, norm in ((Square(queries=40), "linf"), (Square(queries=40), "l2"), (Boundary(steps=20), "l2")):
+        eps = 0.1 if attack.needs_eps else None
+        found = attack(net, x, y, eps, norm=norm, fast=packed)  # type: ignore[arg-type]
+        assert torch.equal(found.adversarial, attack(net, x, y, eps, norm=norm).adversarial)  # type: ignore[arg-type]
 
 
 def test_without_a_bound_the_range_is_the_ball() -> None:

@@ -104,6 +104,8 @@ def test_convolutions_and_hand_written_layers_too() -> None:
     delta, errors = brute_force(hand, "2", v, labels)
     np.testing.assert_allclose(found.delta, delta, rtol=0, atol=1e-12)
     np.testing.assert_array_equal(found.more_errors, errors)
+    search = bit_search(hand, v, labels, 1, candidates=35, layers=["2"], seeds=0)
+    assert search.index == (int(delta.argmax()),)
 
 
 def test_the_ranking_puts_lost_accuracy_first_and_the_loss_second() -> None:

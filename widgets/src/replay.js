@@ -94,7 +94,7 @@ class AttackReplay extends View {
       sample("gradient exactly zero", svg("circle", { r: 7, class: "ql-ring ql-plain" })),
       sample("first step at which the label is lost", svg("polygon", { points: "0,-8 2,-2.6 7.6,-2.5 3.2,1 4.7,6.5 0,3.3 -4.7,6.5 -3.2,1 -7.6,-2.5 -2,-2.6", class: "ql-star ql-plain" })),
       sample("label lost: margin above 0", svg("path", { d: "M-14,8L-2,-8M-6,8L6,-8M2,8L14,-8", class: "ql-hatch" })),
-      h("span", { class: "ql-entry", text: "darker: higher margin" }),
+      h("span", { class: "ql-entry", text: "stronger shade: higher margin" }),
       sample("cut of the ball", svg("path", { d: "M-14,0H14", class: "ql-ball" })),
       sample("and of the range", svg("path", { d: "M-14,0H14", class: "ql-allowed" })),
     );
@@ -309,8 +309,8 @@ class AttackReplay extends View {
     const label = `The margin of the deployed net on a plane through the example, lost on ${percent(ground.lost)} of it. At step ${step}: ${shown.map((path) => said(path, step)).join("; ")}.`;
     this.plane.replaceChildren(drawPlane({ ground, paths: shown, step, label }));
     const curves = [
-      ["margin", "Margin of the deployed net: above 0 the label is lost"],
-      ["loss", "What each attacker maximises: a loss of its own"],
+      ["margin", "Margin: above 0 the label is lost"],
+      ["loss", "What each attacker maximises"],
     ];
     this.curves.replaceChildren(
       ...curves.flatMap(([part, title]) => [
@@ -348,7 +348,7 @@ class AttackReplay extends View {
     this.tableBox.hidden = !told;
     if (!told) return;
     const t = this.step;
-    const columns = ["attacker", "margin", "its loss", "‖gradient‖", "label lost at", "gradients exactly zero", "share of the path in the plane", "questions", "backward passes"];
+    const columns = ["attacker", "margin", "its loss", "‖gradient‖", "label lost at", "gradients exactly zero", "path in the plane", "questions", "backward"];
     const head = h("tr", {}, ...columns.map((text) => h("th", { scope: "col", text })));
     const rows = shown.map((path) => {
       const cells = [
@@ -356,7 +356,7 @@ class AttackReplay extends View {
         read(at(path.loss, t)),
         steep(at(path.log_steepness, t), at(path.zero, t)),
         path.broke === null ? "never" : `step ${path.broke}`,
-        path.followed ? `${path.zeros} of ${path.followed}` : "it takes none",
+        path.followed ? `${path.zeros} of ${path.followed}` : "no gradient",
         path.moved ? percent(path.in_plane) : "no move",
         path.forward.toLocaleString("en"),
         path.backward.toLocaleString("en"),
