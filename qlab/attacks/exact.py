@@ -162,7 +162,7 @@ def exact_adversary(
         y: (N,) int64 labels.
         norm: "linf", "l2" or "l1".
         low, high: the range of inputs.
-        method: see the module; "auto" takes the first that fits.
+        method: see the module; "auto" takes the plane for two inputs, patterns where they are few or the norm is l2, else "milp".
         time_limit: seconds for each example, of "milp" alone; bounds remain where it is passed.
 
     Raises:

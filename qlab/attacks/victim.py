@@ -99,7 +99,7 @@ def checked(net: nn.Module, x: Tensor, y: Tensor, batch: int, random: bool = Fal
         InputError: what `qlab.diagnose.base.check` says of net and inputs; labels out of range.
     """
     net = deployed(net)
-    _, z = check(_OneDraw(net) if random else net, x[:batch], y[:batch])
+    _, z = check(_OneDraw(net) if random else net, x[:batch], y[:batch], varied=False)
     if z.shape[1] < 2:
         raise InputError("the net gives one logit; an attack needs one for each of at least two classes")
     if len(y) != len(x):

@@ -58,7 +58,9 @@ def plain(net: nn.Module) -> nn.Module:
     return net.net if methods is not None and isinstance(net, methods.Method) else net
 
 
-def check(net: nn.Module, x: Tensor, y: Tensor | None, labels: bool = True) -> tuple[nn.Module, Tensor]:
+def check(
+    net: nn.Module, x: Tensor, y: Tensor | None, labels: bool = True, varied: bool = True
+) -> tuple[nn.Module, Tensor]:
     """Return the torch net to diagnose and its logits (N, d) on the batch; raise where a diagnosis would say nothing true.
 
     Args:
@@ -66,6 +68,7 @@ def check(net: nn.Module, x: Tensor, y: Tensor | None, labels: bool = True) -> t
         x: (N, ...) floating point inputs.
         y: (N,) int64 labels; may be None where `labels` is False.
         labels: whether the diagnosis needs labels.
+        varied: whether inputs that are all the same say nothing; an attack can start at a black picture.
 
     Raises:
         InputError: no module, a net in training mode or one that answers twice differently; inputs that are empty, no floats,
@@ -73,7 +76,7 @@ def check(net: nn.Module, x: Tensor, y: Tensor | None, labels: bool = True) -> t
             not finite.
     """
     net = plain(net)
-    _check_inputs(x)
+    _check_inputs(x, varied)
     training = [name or "the net" for name, m in net.named_modules() if m.training]
     if training:
         raise InputError(
@@ -112,7 +115,7 @@ def run_hooked(net: nn.Module, x: Tensor, handles: Iterable[RemovableHandle]) ->
             handle.remove()
 
 
-def _check_inputs(x: object) -> None:
+def _check_inputs(x: object, varied: bool = True) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise InputError(
@@ -122,7 +125,7 @@ def _check_inputs(x: object) -> None:
         raise InputError(f"the inputs have shape {tuple(x.shape)}; expected (N, ...) with at least one example")
     if not bool(x.isfinite().all()):
         raise InputError("the inputs hold NaN or infinite values; clean the data first")
-    if bool((x == x.reshape(-1)[0]).all()):
+    if varied and bool((x == x.reshape(-1)[0]).all()):
         raise InputError(
             "the inputs are constant: every number is the same, so nothing can be learned about the net from them"
         )

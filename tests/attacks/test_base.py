@@ -432,3 +432,13 @@ def test_joining_keeps_order_and_sums_questions(planes: Digits) -> None:
         assert parts[0].forward > 7
         assert len(Attacked.joined(parts)) == 40
         assert Attacked.joined(parts).forward == sum(p.forward for p in parts)
+
+
+def test_a_black_picture_can_be_attacked() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False)).eval()
+    net[1].weight.data = torch.tensor([[1.0, 1.0, -1.0, -1.0], [-1.0, -1.0, 1.0, 1.0]])
+    x, y = torch.zeros(1, 1, 2, 2), torch.tensor([0])
+    found = PGD(5, random_start=False, loss="margin", early_stop=False)(net, x, y, 0.1)
+    assert found.clean.all()
+    assert found.success.all()
+    torch.testing.assert_close(found.adversarial.flatten(), torch.tensor([0.0, 0.0, 0.1, 0.1]))
