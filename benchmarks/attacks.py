@@ -160,7 +160,7 @@ def comparisons() -> Iterator[Comparison]:
 
     foolbox, torchattacks, auto = module("foolbox"), module("torchattacks"), module("pyautoattack")
     step, step_l2 = EPS / 4, 2.5 * EPS_L2 / STEPS
-    plain = {"random_start": False}
+    plain: dict[str, Any] = {"random_start": False}
     if foolbox is not None:
         model, attacks = foolbox.PyTorchModel(net, bounds=(0, 1)), foolbox.attacks
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +123,10 @@ class _Normalised(nn.Module):
         self.net = net
         self.transform = transform
         self.training = net.training
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Normalised:
+        """Return a copy of the net before the same data set, which is shared: a copy of it would hold the trainer too."""
+        return _Normalised(copy.deepcopy(self.net, memo), self.transform)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the net's logits of inputs in the units of the data set, (N, ...)."""
