@@ -102,13 +102,14 @@ class Backprop(Estimator):
         x = x.detach().requires_grad_()
         z = victim.differentiable(x)
         v = f(z)
-        if not v.requires_grad:
+        # A graph may also come from weights alone, behind a step that cuts the inputs off.
+        g = torch.autograd.grad(v.sum(), x, allow_unused=True)[0] if v.requires_grad else None
+        if g is None:
             raise InputError(
                 "no gradient reaches the inputs: an operation in this net is not differentiable (a packed net has no gradient at "
                 "all). Attack the torch net it was made from, estimate the gradient by questions (NES, SPSA, FiniteDifference), or "
                 "take an attack without gradients: Square, Boundary, RandomSearch"
             )
-        (g,) = torch.autograd.grad(v.sum(), x)
         return z.detach(), v.detach(), g
 
 

@@ -530,3 +530,17 @@ def test_every_estimator_serves_an_attack_and_is_hashable():
         attack: Attack = PGD(steps=5, loss="margin", estimator=estimator)
         assert hash(attack) == hash(PGD(steps=5, loss="margin", estimator=estimator))
         assert attack(net, x, y, 1.0).accuracy < 0.2
+
+
+def test_a_net_that_cuts_its_inputs_off_is_named_though_its_weights_have_gradients() -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x.detach())
+
+    x = torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(InputError, match="no gradient reaches the inputs"):
+        PGD(2)(Cut().eval(), x, torch.zeros(5, dtype=torch.int64), 0.1)
