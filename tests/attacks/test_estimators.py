@@ -542,5 +542,6 @@ def test_a_net_that_cuts_its_inputs_off_is_named_though_its_weights_have_gradien
             return self.linear(x.detach())
 
     x = torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
+    net = Cut().eval()
     with pytest.raises(InputError, match="no gradient reaches the inputs"):
-        PGD(2)(Cut().eval(), x, torch.zeros(5, dtype=torch.int64), 0.1)
+        PGD(2)(net, x, net(x).argmax(1), 0.1)

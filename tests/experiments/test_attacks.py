@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
+import qlab
 from qlab.experiments import EXPERIMENTS
 from qlab.experiments.attacks import EXPERIMENT, METRICS, SIZES, measured, plan, run
 from qlab.methods import create
+from qlab.quantizers import Sign
 
 
 def test_it_stands_on_the_shelf() -> None:
@@ -25,11 +27,26 @@ def test_every_plan_has_three_nets_that_differ_in_the_method_alone(data: str, sc
         create(arm["method"], nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), **arm["options"])
 
 
+def test_the_three_nets_have_the_bits_they_are_named_for() -> None:
+    net = qlab.build("mlp", (1, 8, 8), 10, hidden=[16, 16], seed=0)
+    found = {}
+    for name, arm in plan("laptop", "digits").arms.items():
+        method = create(arm["method"], net, **arm["options"])
+        signs = [m for m in method.net.modules() if isinstance(m, Sign) and not _weight(method.net, m)]
+        found[name] = (len(method.hard_weights()), len(signs))
+    assert found == {"float": (0, 0), "binary weights": (3, 0), "binary weights and activations": (3, 2)}
+
+
+def _weight(net: nn.Module, quantizer: nn.Module) -> bool:
+    return any(".parametrizations." in f".{name}." for name, m in net.named_modules() if m is quantizer)
+
+
 def test_a_cell_reports_every_metric() -> None:
     settings = plan("laptop", "digits").arms["binary weights and activations"]
     found = run({**settings, "epochs": 1, "samples": 20, "steps": 2, "net_options": {"hidden": [16]}}, seed=0)
     assert set(found) == {metric.name for metric in METRICS}
     assert found["PGD - PGD++ HNS"] == found["PGD"] - found["PGD++ HNS"]
+    assert found["FGSM - FGSM++ HNS"] == found["FGSM"] - found["FGSM++ HNS"]
 
 
 def test_a_saturated_float_net_has_dead_images_and_a_temperature_breaks_it() -> None:
@@ -43,12 +60,16 @@ def test_a_saturated_float_net_has_dead_images_and_a_temperature_breaks_it() -> 
     y = (x @ w < 0).long()
     net = nn.Sequential(_Centred(), net).eval()
     y = net(x).argmax(1)
-    found = measured(net, x, y, eps=0.3, steps=5, eps_l2=3.0, seed=0)
+    found = measured(net, x, y, eps=0.3, steps=5, eps_l2=0.19, seed=0)
     assert found["clean"] == 1
     assert found["gap"] > 104
     assert found["dead"] > 0.9
     assert found["PGD"] > 0.5  # the random start alone breaks some
     assert found["PGD++ HNS"] == found["PGD++ NJS"] == found["PGD margin"] == 0
+    # In l2 w.x falls by eps ||w||_2 = 0.76 at most; w.(x - 0.5) is a multiple of 0.08.
+    far = ((x - 0.5) @ w).abs() > 0.76
+    assert 0 < float(far.double().mean()) < 1
+    assert found["PGD++ L2 HNS"] == float(far.double().mean())
 
 
 class _Centred(nn.Module):
