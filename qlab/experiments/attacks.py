@@ -24,14 +24,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from qlab.experiments.base import Experiment, Plan, Scale
+from qlab.experiments.base import Experiment, Plan, Result, Scale
 from qlab.experiments.training import CODE, prepared, trained
 from qlab.experiments.verdict import Difference, Every, Metric, Rule
+
+if TYPE_CHECKING:
+    from qlab.plots.figure import Figure
 
 __all__ = ["EXPERIMENT", "measured", "plan", "run"]
 
@@ -217,6 +220,12 @@ def plan(scale: Scale, data: str) -> Plan:
     return Plan(arms, seeds=size.seeds, parallel=size.parallel)
 
 
+def _picture(result: Result) -> Figure:
+    from qlab.plots.robustness import left_figure
+
+    return left_figure(result, [CLEAN, *PLAIN.values(), *SCALED.values(), *OTHERS.values()])
+
+
 MARGIN, ALLOWED, LEFT_OVER = 0.05, -0.03, 0.05
 
 EXPERIMENT = Experiment(
@@ -241,4 +250,5 @@ EXPERIMENT = Experiment(
     plan=plan,
     data=("digits", "fashion_mnist", "cifar10", "image_folder"),
     code=(*CODE, "qlab.attacks"),
+    drawing=_picture,
 )
