@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,3 +88,35 @@ def test_what_cannot_be_run_is_said_in_one_line(
     error = capsys.readouterr().err
     assert said in error
     assert "Traceback" not in error
+
+
+def test_no_accuracy_is_printed_before_the_panel(
+    checkpoint: Path,
+    attacked: tuple[int, Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    suite = importlib.import_module("qlab.attacks.suite")  # the package has a function of this name
+
+    whole = suite.evaluating
+
+    def interrupted(*words: Any, **options: Any) -> Iterator[Any]:
+        for update in whole(*words, **options):
+            if update.text.startswith("honesty panel"):
+                raise KeyboardInterrupt
+            yield update
+
+    monkeypatch.setattr(suite, "evaluating", interrupted)
+    document = tmp_path / "half.json"
+    words = ["attack", str(checkpoint), "--data", "digits", "--suite", "quick", "--eps", "0.05,0.2", "--samples", "40"]
+    assert main([*words, "--json", str(document)]) == 130
+    printed = capsys.readouterr().out
+    table, summary = printed.split("40 examples, ")
+    assert table.count("not stated") == 10
+    assert "%" not in table
+    assert "No robust accuracy is stated: the honesty panel has not run" in summary
+    half = json.loads(document.read_text())
+    assert half["robust_accuracy"] is None
+    assert sum(row["broken"] for row in half["attacks"]) > 0
+    assert all(row["accuracy"] is None and row["done"] for row in half["attacks"])

@@ -77,7 +77,7 @@ def test_first_lines_of_python_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_lines_on_packed_bits_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    _, code, _ = blocks("python")
+    _, code, *_ = blocks("python")
     data = qlab.data.load("two_moons", n=400)
     net = qlab.build("mlp", (2,), 2, hidden=(16, 16), seed=0)
     method = qlab.methods.create("ste", net, activations="sign", keep=["first", "last"])
@@ -92,13 +92,22 @@ def test_the_lines_on_packed_bits_run(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_the_lines_on_diagnosis_run(capsys: pytest.CaptureFixture[str]) -> None:
-    _, _, code = blocks("python")
+    _, _, code, _ = blocks("python")
     data = qlab.data.load("two_moons", n=400)
     method = qlab.methods.create("ste", qlab.build("mlp", (2,), 2, hidden=(16, 16), seed=0), activations="sign")
     run = qlab.fit(method, data, epochs=1, progress=False)
     test = data.split("test")
     exec(compile(code, "README.md", "exec"), {"qlab": qlab, "run": run, "x": data.transform(test.x), "y": test.y})
     assert capsys.readouterr().out.strip()
+
+
+def test_the_lines_on_attacks_run(capsys: pytest.CaptureFixture[str]) -> None:
+    *_, code = blocks("python")
+    data = qlab.data.load("digits")
+    net = qlab.build("mlp", data.input_shape, data.num_classes, hidden=(32,), seed=0)
+    run = qlab.fit(qlab.methods.create("adaste", net), data, epochs=3, progress=False)
+    exec(compile(code, "README.md", "exec"), {"qlab": qlab, "run": run, "data": data})
+    assert "Robust accuracy, worst case over attacks" in capsys.readouterr().out
 
 
 def test_commands_are_understood() -> None:
@@ -118,8 +127,15 @@ def test_commands_are_understood() -> None:
             elif option.startswith("--data."):
                 assert option.removeprefix("--data.") in inspect.signature(DATA.load(str(data))).parameters
             else:
-                assert option in ("--method", "--data", "--ckpt_path", "--trainer.max_epochs")
-    assert seen == {"methods", "describe", "fit", "test", "diagnose", "pack", "reproduce", "bench"}
+                assert option in (
+                    "--method",
+                    "--data",
+                    "--ckpt_path",
+                    "--trainer.max_epochs",
+                    "--robust",
+                    "--robust.eps",
+                )
+    assert seen == {"methods", "describe", "fit", "test", "diagnose", "attack", "pack", "reproduce", "bench"}
 
 
 def test_the_picture_is_one_and_small() -> None:

@@ -13,7 +13,9 @@ from qlab.widgets.duel import MethodDuel
 from qlab.widgets.landscape import LandscapeExplorer
 from qlab.widgets.mismatch import GradientMismatch
 from qlab.widgets.replay import AttackReplay
+from qlab.widgets.robustness import RobustnessLab
 from qlab.widgets.studio import Studio
+from qlab.widgets.temperature import Temperature
 from qlab.widgets.time_travel import TimeTravel
 from qlab.widgets.vanishing import VanishingMicroscope
 
@@ -25,7 +27,9 @@ __all__ = [
     "GradientMismatch",
     "LandscapeExplorer",
     "MethodDuel",
+    "RobustnessLab",
     "Studio",
+    "Temperature",
     "TimeTravel",
     "VanishingMicroscope",
 ]

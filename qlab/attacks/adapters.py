@@ -63,7 +63,7 @@ class Foreign(Attack):
             )
         counted = _Counted(victim).eval()
         # Some packages draw from torch's global generator: give them a seed, and put the generator back as it was.
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with torch.random.fork_rng([ball.x.device] if ball.x.is_cuda else []), warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", message="Input Tensor 0 did not already require gradients"
             )  # captum, each step

@@ -201,7 +201,7 @@ def converged(exam: Exam) -> Work[Check]:
         z = [exam.net(step.points) for step in path.trace or ()]
     losses = torch.stack([ce(one, path.y) for one in z]).double()
     best = losses.cummax(0).values.mean(1).cpu().numpy()
-    change = float((best[-1] - best[T]) / max(abs(best[-1]), 1e-12))
+    change = float((best[-1] - best[min(T, len(best) - 1)]) / max(abs(best[-1]), 1e-12))
     wrong = torch.stack([misclassified(one, path.y) for one in z]).cumsum(0) > 0
     accuracy = 1 - wrong.double().mean(1).cpu().numpy()
     return Check(

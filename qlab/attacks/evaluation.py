@@ -59,8 +59,8 @@ class Evaluation(Result):
 
     @property
     def complete(self) -> bool:
-        """Whether all attacks have run and the panel stands beside them."""
-        return bool(self.done.all()) and self.honesty is not None
+        """Whether all attacks have run and the whole panel stands beside them: else no robust accuracy is shown anywhere."""
+        return bool(self.done.all()) and self.honesty is not None and self.honesty.complete
 
     def robust(self, eps: float) -> NDArray[np.bool_]:
         """Return whether each example is right and unbroken at a radius of the grid, (N,).
@@ -92,7 +92,10 @@ class Evaluation(Result):
         return hits[0]
 
     def frame(self) -> pd.DataFrame:
-        """Return one row per eps and attack: examples asked about, broken, and the accuracy left after it."""
+        """Return one row per eps and attack: whether it has run, examples asked about, broken, and the accuracy left after it.
+
+        That accuracy and its interval are NaN unless the evaluation is `complete`.
+        """
         import pandas as pd
 
         rows: list[dict[str, Any]] = []
@@ -100,16 +103,13 @@ class Evaluation(Result):
             earlier = np.zeros(len(self), dtype=bool) if e == 0 else np.isfinite(self.distance[e - 1])
             left = int((self.clean & ~earlier).sum())
             for k, attack in enumerate(self.attacks):
-                if not self.done[e, k]:
-                    rows.append({"eps": eps, "attack": attack, "asked": 0, "broken": 0, "accuracy": np.nan})
-                    continue
                 asked = int((self.outcome[e, k] != NOT_ASKED).sum())
                 broke = int((self.outcome[e, k] == BROKEN).sum())
                 left -= broke
-                low, high = wilson(left, len(self))
+                shares = (left / len(self), *wilson(left, len(self))) if self.complete else (np.nan,) * 3
                 rows.append(
-                    {"eps": eps, "attack": attack, "asked": asked, "broken": broke, "accuracy": left / len(self)}
-                    | {"low": low, "high": high}
+                    {"eps": eps, "attack": attack, "done": bool(self.done[e, k]), "asked": asked, "broken": broke}
+                    | dict(zip(("accuracy", "low", "high"), shares, strict=True))
                 )
         return pd.DataFrame(rows)
 
@@ -151,7 +151,7 @@ class Evaluation(Result):
             f"{len(self)} examples, {self.clean.mean():.1%} classified correctly without an attack. Ensemble: "
             f"{', '.join(self.attacks)} ({self.norm})."
         )
-        if self.honesty is None or not self.done.all():
+        if self.honesty is None or not self.complete:
             missing = [
                 f"{attack} at eps {eps:.4g}"
                 for e, eps in enumerate(self.eps)
@@ -161,7 +161,10 @@ class Evaluation(Result):
             why = [
                 f"{len(missing)} attacks have not run ({', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''})"
             ]
-            why = why * bool(missing) + ["the honesty panel has not run"] * (self.honesty is None)
+            panel = (
+                "the honesty panel has not run" if self.honesty is None else "the honesty panel has not been finished"
+            )
+            why = why * bool(missing) + [panel] * (self.honesty is None or not self.honesty.complete)
             return f"{head} No robust accuracy is stated: {' and '.join(why)}."
         parts = []
         for eps in self.eps:

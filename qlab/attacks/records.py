@@ -49,7 +49,7 @@ def identity(net: nn.Module, x: Tensor, y: Tensor, norm: Norm, low: Any, high: A
     digest = hashlib.sha256(repr((norm, seed, torch.__version__, code, x.dtype)).encode())
     _add_net(digest, net)
     _add_tensor(digest, answers(net, x[:64]))  # what no state tells (a constant in the net's code) the logits do
-    for value in (x, y, torch.as_tensor(low), torch.as_tensor(high)):
+    for value in (x, y, *(torch.as_tensor(end, dtype=torch.float64) for end in (low, high))):
         _add_tensor(digest, value)
     return digest.hexdigest()
 

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qlab.attacks import replay_examples
+from qlab.attacks.replay_examples import _digits
 from qlab.data.seeding import generator
 from qlab.jobs import Update, last
 
@@ -58,7 +60,7 @@ def pair(samples: int = 100, seed: int = 0) -> Pair:
 
 def preparing(samples: int = 100, seed: int = 0) -> Generator[Update, None, None]:
     """Yield progress and the `Pair` as its nets get ready; arguments as those of `pair`."""
-    x, y, unseen, labels, *_ = replay_examples.digits()
+    x, y, unseen, labels, *_ = _digits()
     unseen, labels = unseen[:samples], labels[:samples]
     nets: dict[str, nn.Module] = {}
     yield Update(0.0, "training a float net on digits", Pair({}, unseen, labels))
@@ -77,7 +79,7 @@ def _float_net(seed: int) -> nn.Module:
     sizes = (64, WIDTH, WIDTH, 10)
     net = nn.Sequential(nn.Flatten())
     draw = generator("weights of a robustness example", seed)
-    for k, (fan_in, fan_out) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for k, (fan_in, fan_out) in enumerate(pairwise(sizes)):
         if k:
             net.append(nn.ReLU())
         layer = nn.Linear(fan_in, fan_out)

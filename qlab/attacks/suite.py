@@ -7,14 +7,14 @@ a smaller eps lies within every larger one, so what is broken once stays broken 
 
 standard   APGD on cross-entropy, PGD++ with both temperatures, transfer from a twin, APGD-T, FAB-T, Square:
            AutoAttack's four, and what quantized nets need
-quick      PGD++ with both temperatures, APGD on DLR, transfer, Square with few queries
+quick      PGD, PGD++ with both temperatures, APGD on DLR, transfer, Square with few queries
 search     random corners, coordinate search, Square: no gradient at all, for packed nets
 
 A robust accuracy is an upper bound: another attack may find more. It is not stated without the panel (`qlab.attacks.honesty`) of
 the same net on the same examples, nor where the budget ended before the panel or the ensemble had run.
 
-Every finished attack is kept in `root`, if one is given: a run that was stopped goes on where it stopped. A file there is read
-only if it belongs to the same net, examples, attack and seed.
+Every finished attack is kept in `root`, if one is given: a run that was stopped goes on where it stopped. What is read there, and
+which attacks are not kept, says `qlab.attacks.records`.
 
 Source: Croce, Hein 2020, arXiv 2003.01690; Carlini et al. 2019, arXiv 1902.06705 (per example, worst case).
 
@@ -23,11 +23,12 @@ Shapes: N examples, E radii, K attacks.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import replace
+from itertools import chain
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,10 +36,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qlab.attacks.ball import NORMS, Norm
+from qlab.attacks.ball import NORMS, Ball, Norm
 from qlab.attacks.base import Attack, Attacked
 from qlab.attacks.evaluation import BROKEN, LEFT, NOT_ASKED, Evaluation
-from qlab.attacks.records import read_record, write_record
+from qlab.attacks.losses import misclassified
+from qlab.attacks.records import answers, identity, key_of, read_record, write_record
 from qlab.attacks.victim import checked, pixels
 from qlab.errors import InputError, UnknownNameError
 from qlab.jobs import Update, last
@@ -73,17 +75,28 @@ def suite(name: str, norm: Norm = "linf", twin: nn.Module | None = None, seed: i
         "PGD++ HNS": PGD(40, scaling=HNS(), seed=seed),
         "PGD++ NJS": PGD(40, scaling=NJS(), seed=seed),
     }
-    transfer: dict[str, Attack] = {} if twin is None else {"transfer": Transfer(twin, PGD(40, seed=seed), seed=seed)}
+    transfer: dict[str, Attack] = (
+        {} if twin is None else {"transfer": Transfer(twin, PGD(40, early_stop=False, seed=seed), seed=seed)}
+    )
     known: dict[str, dict[str, Attack]] = {
         "standard": {
-            "APGD-CE": APGD(100, loss="ce", seed=seed),
+            "APGD-CE": APGD(
+                100, loss="ce", restarts=5 if norm == "l1" else 1, seed=seed
+            ),  # as AutoAttack for each norm
             **plus,
             **transfer,
             "APGD-T": APGDT(100, seed=seed),
             "FAB-T": FABT(seed=seed),
             "Square": Square(5000, seed=seed),
         },
-        "quick": {**plus, "APGD-DLR": APGD(40, loss="dlr", seed=seed), **transfer, "Square": Square(300, seed=seed)},
+        # Plain PGD too: at a small eps on a net that is not saturated, cross-entropy as it is can be the strongest.
+        "quick": {
+            "PGD": PGD(40, seed=seed),
+            **plus,
+            "APGD-DLR": APGD(40, loss="dlr", seed=seed),
+            **transfer,
+            "Square": Square(300, seed=seed),
+        },
         "search": {
             "random corners": RandomSearch(200, seed=seed),
             "coordinate search": CoordinateSearch(seed=seed),
@@ -156,45 +169,57 @@ def evaluating(
             half its width beyond either end.
         samples: how many test examples of a data set; all for None.
         twin: a float net of the same task for the transfer attack; it takes what `net` takes.
-        fast: a packed net of the same logits, for questions without gradients.
+        fast: a packed net of the same logits, for questions without gradients. What is found with it counts where the net
+            itself is wrong.
         panel: whether the honesty panel is run, at the smallest eps that leaves anything to judge.
         root: folder where finished attacks are kept, to go on from.
         budget: seconds after which no further attack is started.
         seed: of all attacks.
 
     Raises:
-        InputError: no eps, or one that is not positive; what an attack says of net, inputs and labels.
+        InputError: no eps, or one that is not positive; a budget that is no number; attacks that are none; a `fast` that decides
+            otherwise than the net; what an attack says of net, inputs and labels.
         UnknownNameError: no such suite or norm.
     """
     began = time.monotonic()
     radii = _radii(eps)
+    if isinstance(budget, bool) or not isinstance(budget, Real) or math.isnan(budget):
+        raise InputError(f"budget is {budget!r:.40}; expected a number of seconds")
+    if not isinstance(net, nn.Module):
+        raise InputError(
+            f"net is a {type(net).__name__}; expected a torch module, or a method of the lab. A packed net has no gradients: give "
+            "the net that it was compiled from, and the packed one as fast"
+        )
     if isinstance(data, tuple | list) and len(data) == 2:
         x, y = data
     else:
         x, y = examples(data, samples)
         low, high = _range(data, low, high)
+        x, y = _beside(net, x), _beside(net, y)
         net, twin, fast = _in_units(net, data), _in_units(twin, data), _fast_in_units(fast, data)
     for name, value in (("x", x), ("y", y)):
         if not isinstance(value, Tensor):
             raise InputError(
                 f"{name} is a {type(value).__name__}; expected data as a data set of the lab, or tensors (x, y)"
             )
+    x = x.detach()
     net = checked(net, x, y, 256)
     low, high = 0.0 if low is None else low, 1.0 if high is None else high
-    chosen = suite(attacks, norm, twin, seed) if isinstance(attacks, str) else dict(attacks)
+    chosen = suite(attacks, norm, twin, seed) if isinstance(attacks, str) else _named(attacks)
     if norm not in NORMS:
         raise UnknownNameError("norm", norm, NORMS)
     if not chosen:
         raise InputError(f"no attack is left for {norm}; expected at least one")
     store = None if root is None else Path(root)
-    clean = _clean(net, x, y)
+    clean = _clean(net, fast, x, y)
     broken = np.full((len(radii), len(chosen), len(y)), NOT_ASKED, dtype=np.int8)
     distance = np.full((len(radii), len(y)), np.inf)
     margins = np.full((len(radii), len(y)), -np.inf)
-    worst = x.detach().clone().unsqueeze(0).repeat(len(radii), *(1,) * x.dim())
+    worst = x.clone().unsqueeze(0).repeat(len(radii), *(1,) * x.dim())
     done = np.zeros((len(radii), len(chosen)), dtype=bool)
     distance[:, ~clean] = 0.0
-    identity = "" if store is None else _identity(net, x, y, norm, low, high, seed)
+    whole = "" if store is None else identity(net, x, y, norm, low, high, seed)
+    balls = [Ball.of(x, radius, norm, low, high) for radius in radii]
     honesty = None
 
     def state(honesty: Any = None) -> Evaluation:
@@ -206,19 +231,18 @@ def evaluating(
     count = 0
     yield Update(0.0, "clean accuracy", state())
     for e, radius in enumerate(radii):
-        if e:  # what lies within a smaller ball lies within this one
-            inherited = np.isfinite(distance[e - 1])
-            distance[e, inherited], worst[e, inherited] = distance[e - 1, inherited], worst[e - 1, inherited]
         for k, (title, attack) in enumerate(chosen.items()):
             left = np.flatnonzero(~np.isfinite(distance[e]))
             count += 1
             if not len(left):
                 done[e, k] = True
+                yield Update(count / total, f"eps {radius:.4g}, {title}: none is left", state())
                 continue
             if time.monotonic() - began > budget:
                 continue
-            key = f"{identity} {title} {_settings(attack)} {radius!r} {left.tobytes().hex()}"
-            found = None if store is None else read_record(store, key, x[left], y[left])
+            key = None if store is None else key_of(whole, title, attack, radius, left)
+            ball = balls[e].take(torch.as_tensor(left, device=x.device))
+            found = None if store is None or key is None else read_record(store, key, net, ball, y[left])
             if found is None:
                 run = attack.attacking(net, x[left], y[left], radius, norm=norm, low=low, high=high, fast=fast)
                 for update in run:
@@ -226,11 +250,15 @@ def evaluating(
                     share = (count - 1 + update.fraction) / total
                     yield Update(share, f"eps {radius:.4g}, {title}: {len(left)} examples left", None)
                 assert isinstance(found, Attacked)
-                if store is not None:
+                if fast is not None:  # where it rounds otherwise than the net, the net decides
+                    wrong = misclassified(answers(net, found.adversarial), y[left]).cpu().numpy()
+                    found = replace(found, success=found.success & wrong)
+                if store is not None and key is not None:
                     write_record(store, key, found)
             _book(found, left, e, k, broken, distance, margins, worst)
             done[e, k] = True
-            yield Update(count / total, f"eps {radius:.4g}, {title}: {found.accuracy:.1%} of {len(left)} left", state())
+            broke = f"{int(found.success.sum())} of {len(left)} broken"
+            yield Update(count / total, f"eps {radius:.4g}, {title}: {broke}", state())
     if panel and time.monotonic() - began <= budget:
         from qlab.attacks.honesty import examining
 
@@ -243,12 +271,15 @@ def evaluating(
 
 
 def _book(found: Attacked, left: Any, e: int, k: int, broken: Any, distance: Any, margins: Any, worst: Tensor) -> None:
-    """Write what an attack found for the examples `left` at radius e; of the others the point of largest margin stays."""
+    """Write what an attack found for the examples `left` at radius e; of the others the point of largest margin stays.
+
+    What lies within a smaller ball lies within the larger ones: all later rows are those of e so far.
+    """
     broken[e, k, left] = np.where(found.success, BROKEN, LEFT)
     better = found.success | (found.margin > margins[e, left])
-    worst[e, left[better]] = found.adversarial[torch.as_tensor(better)].to(worst.dtype)
-    margins[e, left] = np.maximum(margins[e, left], found.margin)
-    distance[e, left[found.success]] = found.distance[found.success]
+    worst[e:, left[better]] = found.adversarial[torch.as_tensor(better)].to(worst.dtype)
+    margins[e:, left] = np.maximum(margins[e, left], found.margin)
+    distance[e:, left[found.success]] = found.distance[found.success]
 
 
 def _telling(distance: Any, clean: Any) -> int:
@@ -258,11 +289,20 @@ def _telling(distance: Any, clean: Any) -> int:
     return int(enough[0]) if len(enough) else len(distance) - 1
 
 
-def _radii(eps: Sequence[float] | float) -> tuple[float, ...]:
-    values = [eps] if isinstance(eps, int | float) else list(eps)
-    if not values or any(isinstance(v, bool) or not isinstance(v, int | float) or not 0 < v < math.inf for v in values):
+def _radii(eps: Any) -> tuple[float, ...]:
+    given = eps.tolist() if isinstance(eps, Tensor | np.ndarray) else eps
+    values = list(given) if isinstance(given, Sequence) else [given]
+    if not values or any(isinstance(v, bool) or not isinstance(v, Real) or not 0 < float(v) < math.inf for v in values):
         raise InputError(f"eps is {eps!r:.60}; expected one or more positive numbers, in the units of the inputs")
     return tuple(sorted({float(v) for v in values}))
+
+
+def _named(attacks: Any) -> dict[str, Attack]:
+    if not isinstance(attacks, Mapping) or not all(isinstance(attack, Attack) for attack in attacks.values()):
+        raise InputError(
+            f"attacks is {attacks!r:.80}; expected a name of {', '.join(SUITES)}, or attacks by title, such as {{'PGD': PGD()}}"
+        )
+    return dict(attacks)
 
 
 def _range(data: Any, low: Any, high: Any) -> tuple[Any, Any]:
@@ -284,43 +324,23 @@ def _fast_in_units(fast: Any, data: Any) -> Any:
     return None if fast is None else lambda x: fast(data.transform(x))
 
 
-def _clean(net: nn.Module, x: Tensor, y: Tensor) -> Any:
-    with torch.no_grad():
-        right = [net(a).argmax(-1) == b for a, b in zip(x.split(256), y.split(256), strict=True)]
-    return torch.cat(right).cpu().numpy()
+def _beside(net: nn.Module, value: Tensor) -> Tensor:
+    """Return a tensor on the device of a net."""
+    return value.to(next(chain(net.parameters(), net.buffers()), value).device)
 
 
-def _identity(net: nn.Module, x: Tensor, y: Tensor, norm: Norm, low: Any, high: Any, seed: int) -> str:
-    """Return a digest of all that a finished attack depends on, but the attack itself."""
-    digest = hashlib.sha256(repr((norm, low, high, seed, torch.__version__)).encode())
-    _add_net(digest, net)
-    with torch.no_grad():  # what no state tells (a constant in the code) the logits do
-        digest.update(net(x[:64]).double().cpu().numpy().tobytes())
-    for value in (x, y):
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def _clean(net: nn.Module, fast: Any, x: Tensor, y: Tensor) -> Any:
+    """Return which examples the net has right, (N,).
 
-
-def _settings(attack: Attack) -> str:
-    """Return what tells an attack's results from another's: its settings, nets among them by their weights."""
-    digest = hashlib.sha256()
-    parts = [type(attack).__qualname__]
-    for field in fields(attack):
-        value = getattr(attack, field.name)
-        if isinstance(value, nn.Module):
-            _add_net(digest, value)
-        else:
-            parts.append(f"{field.name}={_settings(value) if isinstance(value, Attack) else _named(value)}")
-    return f"{' '.join(parts)} {digest.hexdigest()[:16]}"
-
-
-def _named(value: object) -> str:
-    return getattr(value, "__qualname__", None) or repr(value)
-
-
-def _add_net(digest: Any, net: nn.Module) -> None:
-    digest.update(repr(net).encode())
-    for name, value in net.state_dict().items():
-        if isinstance(value, Tensor):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    Raises:
+        InputError: `fast` decides otherwise.
+    """
+    z = answers(net, x)
+    if fast is not None:
+        other = int((answers(fast, x).argmax(-1) != z.argmax(-1)).sum())
+        if other:
+            raise InputError(
+                f"fast decides otherwise than the net on {other} of {len(x)} examples; it must answer in the net's place, with the "
+                "same logits: compile it from this very net, or leave it out"
+            )
+    return (~misclassified(z, y)).cpu().numpy()

@@ -17,6 +17,7 @@ def attack(options: argparse.Namespace) -> int:
     """Attack a checkpoint's deployed net and print what is left; return 0, or 3 where the panel finds masking.
 
     Raises:
+        KeyboardInterrupt: Ctrl-C, after what there is has been printed and written.
         CheckpointError: a checkpoint that cannot be read.
         UnknownNameError: no such data set, suite or norm.
         InputError: no data set is known, data of another shape, an eps that is no number, a file that cannot be written.
@@ -53,7 +54,7 @@ def attack(options: argparse.Namespace) -> int:
         budget=math.inf if options.budget is None else options.budget,
         seed=options.seed,
     )
-    found = _run(work)
+    found, stopped = _run(work)
     assert isinstance(found, Evaluation)
     title = f"{options.checkpoint}: {method.info.name} on {given['name']}"
     _print(title, found)
@@ -61,20 +62,27 @@ def attack(options: argparse.Namespace) -> int:
         files["html"].write_text(report.html(found, title), encoding="utf-8")
     if files["json"] is not None:
         files["json"].write_text(report.text(found, title), encoding="utf-8")
+    if stopped:
+        raise KeyboardInterrupt
     return 3 if found.honesty is not None and found.honesty.masked else 0
 
 
-def _run(work: Any) -> Any:
-    """Run to the end with a bar; Ctrl-C ends it with what there is (finished attacks are kept, and read again next time)."""
+def _run(work: Any) -> tuple[Any, bool]:
+    """Run to the end with a bar; return what there is, and whether Ctrl-C ended it (finished attacks are read next time)."""
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
     value = None
     with Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), transient=True) as bar:
         task = bar.add_task("", total=1.0)
-        for update in work:
-            value = update.value if update.value is not None else value
-            bar.update(task, completed=update.fraction, description=update.text)
-    return value
+        try:
+            for update in work:
+                value = update.value if update.value is not None else value
+                bar.update(task, completed=update.fraction, description=update.text)
+        except KeyboardInterrupt:
+            if value is None:
+                raise
+            return value, True
+    return value, False
 
 
 def _print(title: str, found: Any) -> None:
@@ -88,7 +96,9 @@ def _print(title: str, found: Any) -> None:
     for name in ("eps", "attack", "asked", "broken", "left"):
         table.add_column(name, justify="left" if name == "attack" else "right")
     for row in found.frame().to_dict("records"):
-        left = "not run" if math.isnan(row["accuracy"]) else f"{row['accuracy']:.1%}"
+        left = (
+            "not run" if not row["done"] else "not stated" if math.isnan(row["accuracy"]) else f"{row['accuracy']:.1%}"
+        )
         table.add_row(f"{row['eps']:.4g}", escape(row["attack"]), str(row["asked"]), str(row["broken"]), left)
     console.print(table)
     console.print(escape(found.summary()))

@@ -45,6 +45,7 @@ def test_captums_pgd_with_its_threshold_calls_a_saturated_net_robust_and_without
     assert ours.accuracy <= theirs.accuracy  # theirs keeps the last point, ours the best
     assert theirs.accuracy - ours.accuracy < 0.02
     assert "gradient threshold 0 instead of 1e-06" in theirs.summary()
+    assert theirs.backward == 10 * int(theirs.clean.sum())
 
 
 def test_captums_fgsm_equals_ours(digits_net: Net) -> None:

@@ -23,6 +23,8 @@ VIEWS = (
     "cockpit",
     "duel",
     "replay",
+    "robustness",
+    "temperature",
 )
 BUNDLES = tuple(f"{view}.{kind}" for view in VIEWS for kind in ("js", "css"))
 

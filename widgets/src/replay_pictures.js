@@ -50,19 +50,19 @@ export function strip({ shape, clean, scale, step: grey, every, deltas }, shown,
   return pictures;
 }
 
-const grey8 = (value) => {
+export const grey8 = (value) => {
   const v = Math.min(255, Math.max(0, value));
   return [v, v, v];
 };
 
-const diverging = (value) => {
+export const diverging = (value) => {
   const t = Math.abs(value) / 127;
   const end = value < 0 ? LESS : MORE;
   return GROUND.map((g, c) => g + t * (end[c] - g));
 };
 
 /** Paint one picture (C, H, W). Three channels of a picture are its colours; of what was added, their mean is shown. */
-function paint(canvas, [channels, rows, columns], values, colours) {
+export function paint(canvas, [channels, rows, columns], values, colours) {
   const size = rows * columns;
   canvas.width = columns;
   canvas.height = rows;
