@@ -288,28 +288,29 @@ class Temperature(View):
         if self._data is not None:  # the lab's own net was not there yet when an example was chosen
             self._place = self._place | {"example": min(self._place["example"], len(self._data[2]) - 1)}
         place, sweep = self._place, self.sweep
-        self.settings = {**place, "index": _BETAS.index(place["beta"])}
-        self.choices = {
-            "betas": list(_BETAS),
-            "dtypes": [
-                {"name": name, "failed": "" if sweep is None else sweep.failed.get(name, "")} for name in _DTYPES
-            ],
-            "factors": sorted({*_FACTORS, *self._sweeps, place["c"]}),
-            "examples": None if self._data is None else len(self._data[2]),
-            "left_out": self._left_out,
-            "own": self._own,
-            "eps": self._options["eps"],
-            "norm": self._options.get("norm", "linf"),
-            "complete": self.complete,
-        }
-        self.rows = rows_of(self._sweeps)
-        if sweep is None or self._data is None:
-            self.net, self.curves, self.regimes, self.chosen = {}, {}, {}, {}
-            self.caption = "Nothing has been computed yet."
-            return
-        self.net, self.curves, self.regimes = net_of(sweep), curves_of(sweep), regimes_of(sweep.found)
-        self.chosen = chosen_of(sweep.found, self._data[1], place["example"])
-        self.caption = _in_words(sweep, place)
+        with self.hold_sync():  # one message: arrays that belong together come together
+            self.settings = {**place, "index": _BETAS.index(place["beta"])}
+            self.choices = {
+                "betas": list(_BETAS),
+                "dtypes": [
+                    {"name": name, "failed": "" if sweep is None else sweep.failed.get(name, "")} for name in _DTYPES
+                ],
+                "factors": sorted({*_FACTORS, *self._sweeps, place["c"]}),
+                "examples": None if self._data is None else len(self._data[2]),
+                "left_out": self._left_out,
+                "own": self._own,
+                "eps": self._options["eps"],
+                "norm": self._options.get("norm", "linf"),
+                "complete": self.complete,
+            }
+            self.rows = rows_of(self._sweeps)
+            if sweep is None or self._data is None:
+                self.net, self.curves, self.regimes, self.chosen = {}, {}, {}, {}
+                self.caption = "Nothing has been computed yet."
+                return
+            self.net, self.curves, self.regimes = net_of(sweep), curves_of(sweep), regimes_of(sweep.found)
+            self.chosen = chosen_of(sweep.found, self._data[1], place["example"])
+            self.caption = _in_words(sweep, place)
 
 
 def _order(dtype: str) -> tuple[str, ...]:

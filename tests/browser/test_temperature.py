@@ -29,11 +29,12 @@ def complete(page: Any) -> None:
 
 
 def test_a_guess_comes_first_and_the_slider_wakes_the_gradient_up(page: Any, lab: Lab, theme: str) -> None:
+    page.set_viewport_size({"width": 1000, "height": 2100})  # all of the view at once
     pages.show(page, lab, f"temperature-{theme}.ipynb", PAINTED, NET, SHOW, TELL)
     keep("temperature-first-paint.json", {"first_paint_s": page.evaluate("window.painted") / 1000, "budget_s": 1.0})
     view = page.locator(".ql-temperature")
     assert view.locator(".ql-question").inner_text().endswith("?")
-    assert view.locator(".ql-bar").count() == 10  # something real before the guess
+    assert view.locator(".ql-plot .ql-bar").count() == 10  # something real before the guess
     assert view.locator("path[data-series]").count() == 4  # norms
     assert view.locator(".ql-part-regimes").is_hidden()
     assert page.get_by_label("Logits of the net times c").is_disabled()
@@ -119,7 +120,7 @@ def test_the_labs_own_net_is_trained_on_the_way_and_work_can_be_stopped(page: An
     page.wait_for_selector(".ql-temperature .ql-bar", timeout=WAIT_MS)
     page.get_by_role("button", name="Stop").click()
     page.wait_for_selector(".ql-temperature[data-phase=idle]")
-    assert page.locator(".ql-temperature .ql-bar").count() == 10
+    assert page.locator(".ql-plot .ql-bar").count() == 10
     picture(page, "temperature-stopped.png")
     page.get_by_role("button", name="Compute the rest").click()
     complete(page)

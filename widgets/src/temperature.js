@@ -6,7 +6,7 @@ import { Bars, Curves, number, percent, power, powers, readLog, Regimes } from "
 import { View, widget } from "./view.js";
 
 const SAY_MS = 120; // after the last move of the slider
-const PIXELS = 96; // side of the picture on the page
+const PIXELS = 72; // side of the picture on the page
 const DEEPEST = 12; // decades below the highest curve that are drawn
 const OF = { mean: "all right examples, mean", example: "this example" };
 const SLOTS = { float32: 0, float64: 1, float16: 2 };
@@ -21,8 +21,8 @@ class Temperature extends View {
     this.view = { ...this.model.get("settings") };
     const all = () => this.take();
     this.listen({
+      choices: () => this.drawChoices(), // first: the others draw on its axis
       settings: () => this.follow(),
-      choices: () => this.drawChoices(),
       net: all,
       curves: all,
       regimes: all,
@@ -66,10 +66,10 @@ class Temperature extends View {
     this.canvas = h("canvas", { role: "img" });
     this.words = h("p", { class: "ql-words" });
     this.bars = new Bars("softmax p(β)");
-    this.bars.node.prepend(h("div", { class: "ql-example" }, this.canvas, this.words));
+    place.append(h("div", { class: "ql-example" }, this.canvas, this.words));
     this.accuracy = new Curves("Right after the attack, at every β");
     this.norms = new Curves("Norms");
-    this.shares = new Curves("What rounding leaves");
+    this.shares = new Curves("Shares");
     this.cells = new Regimes((example) => this.choose({ example }));
     this.waiting = h("p", { class: "ql-muted ql-waiting" });
     this.columns = h("div", { class: "ql-columns" }, this.bars.node, this.accuracy.node, this.norms.node, this.shares.node);
@@ -228,8 +228,8 @@ class Temperature extends View {
 
   marks({ njs, hns }) {
     return [
-      { log: Math.log10(njs), text: `NJS ${number(njs)}`, slot: 3 },
-      { log: Math.log10(hns), text: `HNS ${number(hns)}`, slot: 5 },
+      { log: Math.log10(njs), name: "NJS", text: `NJS: β ${number(njs)}`, slot: 3 },
+      { log: Math.log10(hns), name: "HNS", text: `HNS: β ${number(hns)}`, slot: 5 },
     ];
   }
 
@@ -272,7 +272,7 @@ class Temperature extends View {
       { name: "entries of ψ rounded to 0", slot: 0, values: from.own.underflow },
     ];
     if (from.lost) lines.push({ name: "examples without any gradient", slot: 1, values: from.lost });
-    this.shares.rename(`What rounding leaves, ${dtype}: ${from.who}`);
+    this.shares.rename(`Shares, ${dtype}: ${from.who}`);
     this.shares.draw({ logs: this.logs, y: SHARES, lines: lines.map((line) => ({ ...line, read: percent })), verticals: this.marks(from) });
   }
 
@@ -283,9 +283,9 @@ class Temperature extends View {
     const spots = [{ log: 0, value: accuracy[this.one], shape: "ring", text: `plain, β = 1: ${percent(accuracy[this.one])}` }];
     if (rules.NJS !== null) spots.push({ log: Math.log10(net.njs), value: rules.NJS, shape: "triangle", text: `NJS ${percent(rules.NJS)}` });
     if (rules.HNS !== null) spots.push({ log: Math.log10(net.hns), value: rules.HNS, shape: "square", text: `HNS ${percent(rules.HNS)}` });
-    const horizontals = [{ value: net.clean, text: "", name: "ql-clean" }];
+    const horizontals = [{ value: net.clean, text: `without an attack ${percent(net.clean)}`, name: "ql-clean" }];
     if (this.asked.c === net.c && this.asked.dtype === dtype) horizontals.push({ value: this.guess, text: `your guess ${percent(this.guess)}`, name: "ql-guess-line" });
-    this.accuracy.rename(`Right after PGD at every β (without: ${percent(net.clean)}, thin line)`);
+    this.accuracy.rename("Right after the attack, at every β");
     this.accuracy.draw({ logs: this.logs, y: { ...SHARES, domain: [-0.03, 1.03] }, lines, spots, horizontals });
   }
 

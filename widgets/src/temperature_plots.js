@@ -17,16 +17,17 @@ const Y0 = HEIGHT - EDGE.bottom;
 const Y1 = EDGE.top;
 const SUPERSCRIPT = { "-": "⁻", 0: "⁰", 1: "¹", 2: "²", 3: "³", 4: "⁴", 5: "⁵", 6: "⁶", 7: "⁷", 8: "⁸", 9: "⁹" };
 const SPOTS = { ring: "M-5,0a5,5 0 1,0 10,0a5,5 0 1,0 -10,0", triangle: "M0,-6L5.5,4.5L-5.5,4.5z", square: "M-4.5,-4.5h9v9h-9z" };
+const NEAR = 30; // two names closer than this would overlap
 const MOST_CLASSES = 20; // that have a bar
 const REGIMES = [["healthy", "H"], ["wrong direction", "W"], ["dead", "D"]];
 
 export const power = (exponent) => `10${[...String(Math.round(exponent))].map((c) => SUPERSCRIPT[c]).join("")}`;
-export const percent = (value) => (value === null || value === undefined || Number.isNaN(value) ? "–" : `${(100 * value).toFixed(value > 0 && value < 0.1 ? 1 : 0)} %`);
+export const percent = (value) => (value === null || value === undefined || Number.isNaN(value) ? "–" : `${Number((100 * value).toFixed(1))} %`);
 /** A positive number in three digits. */
 export function number(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "–";
   if (value !== 0 && (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e5)) return value.toExponential(1).replace("e-", "e−").replace("e+", "e");
-  return Number(value.toPrecision(3)).toLocaleString("en");
+  return value.toLocaleString("en", { maximumSignificantDigits: 3 });
 }
 /** A number of which the decimal logarithm was sent; float64's do not fit into JavaScript's log of float32. */
 export function readLog(log) {
@@ -90,7 +91,7 @@ export class Curves extends Picture {
    * @param logs log10 of the betas
    * @param y {domain, ticks, format}
    * @param lines [{name, slot, values, read, strong, dotted}]: values (K), NaN where nothing is known
-   * @param verticals [{log, text, slot}], horizontals [{value, text, name}], spots [{log, value, shape, text}]
+   * @param verticals [{log, name, text, slot}]: name in the picture, text in the legend; horizontals [{value, text, name}], spots [{log, value, shape, text}]
    */
   draw({ logs, y, lines, verticals = [], horizontals = [], spots = [] }) {
     const sx = scaleLinear([logs[0], logs.at(-1)], [X0, X1]);
@@ -105,13 +106,15 @@ export class Curves extends Picture {
       if (text) this.svg.append(svg("text", { x: X1 - 2, y: sy(value) + (above ? -4 : 12), "text-anchor": "end", class: "ql-note-text" }, text));
     }
     const sorted = [...verticals].sort((a, b) => a.log - b.log);
-    sorted.forEach(({ log, text, slot }, i) => {
-      const [low, high] = sx.domain();
+    const [low, high] = sx.domain();
+    const within = (log) => sx(Math.min(high, Math.max(low, log)));
+    const near = sorted.length > 1 && within(sorted[1].log) - within(sorted[0].log) < NEAR;
+    sorted.forEach(({ log, name, slot }, i) => {
       const outside = log < low ? "‹ " : log > high ? "› " : "";
-      const x = sx(Math.min(high, Math.max(low, log)));
+      const x = within(log);
       this.svg.append(svg("line", { x1: x, x2: x, y1: Y0, y2: Y1, class: `ql-rule ql-run-${slot} ql-dash-${slot}` }));
-      const left = sorted.length > 1 && i === 0 && x > X0 + 30;
-      this.svg.append(svg("text", { x: x + (left ? -2 : 2), y: Y1 - 6, "text-anchor": left || x > X1 - 40 ? "end" : "start", class: `ql-label ql-run-${slot}` }, outside + text));
+      const [anchor, shift] = !near ? ["middle", 0] : i === 0 ? ["end", 1] : ["start", -1];
+      this.svg.append(svg("text", { x: x + shift, y: Y1 - 6, "text-anchor": anchor, class: `ql-label ql-run-${slot}` }, outside + name));
     });
     this.cursor = svg("line", { y1: Y0, y2: Y1, class: "ql-cursor" });
     this.svg.append(this.cursor);
@@ -124,13 +127,14 @@ export class Curves extends Picture {
     this.dots = lines.map(({ slot }) => svg("circle", { class: `ql-dot ql-run-${slot}`, r: 4 }));
     this.svg.append(...this.dots);
     for (const { log, value, shape } of spots.filter(({ value }) => inside(value))) {
-      const x = sx(Math.min(sx.domain()[1], Math.max(sx.domain()[0], log)));
+      const x = within(log);
       this.svg.append(svg("path", { class: `ql-spot ql-spot-${shape}`, transform: `translate(${x},${sy(value)})`, d: SPOTS[shape] }));
     }
     const kept = lines.map(({ slot, name }) => entry(swatch(svg("path", { d: "M0,0H30", class: `ql-curve ql-run-${slot} ql-dash-${slot}` })), name));
+    const ruled = verticals.map(({ slot, text }) => entry(swatch(svg("path", { d: "M15,-7V7", class: `ql-rule ql-run-${slot} ql-dash-${slot}` })), text));
     const fixed = spots.map(({ shape, text }) => entry(swatch(svg("path", { d: SPOTS[shape], transform: "translate(15,0)", class: `ql-spot ql-spot-${shape}` })), text));
     this.readings = kept.map(({ reading }) => reading);
-    this.legend.replaceChildren(...[...kept, ...fixed].map(({ node }) => node));
+    this.legend.replaceChildren(...[...kept, ...ruled, ...fixed].map(({ node }) => node));
   }
 
   move(index) {
