@@ -147,12 +147,116 @@ def test_a_bad_message_is_told_and_nothing_breaks(view: Temperature, content: An
     assert view.state() == before
 
 
-def test_stop_keeps_what_there_is(view: Temperature) -> None:
+def test_stop_keeps_what_there_is_and_run_goes_on(view: Temperature, whole: Sweep) -> None:
+    def stop(_: Any) -> None:
+        known = np.isfinite(np.frombuffer(view.curves.get("float32", {}).get("accuracy", b""), "<f4")).sum()
+        if view.status["phase"] == "running" and known >= 3:
+            message(view, type="stop")
+
+    view._latest._min_interval = 0.0
+    view.observe(stop, "status")
     job = view.run()
-    view.stop()
-    job.wait(120)
-    assert job.status in ("cancelled", "done")
+    assert job.wait(120)
+    assert job.status == "cancelled"
+    assert "Stopped" in view.status["text"]
+    assert view.sweep is not None
+    kept = view.sweep.found.dtypes["float32"].accuracy
+    assert 3 <= np.isfinite(kept).sum() < K
+    assert not view.complete
+    view.unobserve(stop, "status")
+    message(view, type="run")
+    finished(view)
+    assert view.complete
+    assert np.array_equal(view.sweep.found.dtypes["float32"].accuracy, whole.found.dtypes["float32"].accuracy)
+
+
+def test_the_chosen_example_is_sent_with_its_own_curves(view: Temperature, whole: Sweep, setting: Any) -> None:
+    finished(view).choose(example=5, dtype="float64")
+    sent, found, w = view.chosen, whole.found, whole.found.dtypes["float64"]
+    p = np.frombuffer(sent["p"], "<f4").reshape(K, 3)
+    assert np.allclose(p, found.probabilities(5), atol=1e-6)
+    assert np.allclose(p.sum(1), 1, atol=1e-6)
+    with np.errstate(divide="ignore"):
+        for name, values in (("psi", w.psi), ("gradient", w.gradient)):
+            assert np.allclose(np.frombuffer(sent["curves"]["float64"][name], "<f4"), np.log10(values[:, 5]), atol=1e-4)
+        assert np.allclose(np.frombuffer(sent["h"], "<f4"), np.log10(found.h[:, 5]), atol=1e-4)
+    assert np.allclose(np.frombuffer(sent["curves"]["float64"]["alive"], "<f4"), w.signs[:, 5] ** 2)
+    assert (sent["label"], sent["decision"]) == (found.labels[5], found.logits[5].argmax())
+    levels = np.frombuffer(sent["picture"]["levels"], "u1") / 255
+    x = setting[1][5].numpy().ravel()
+    assert np.abs(levels * (x.max() - x.min()) + x.min() - x).max() <= 0.5 / 255 + 1e-6
+    assert sent["picture"]["shape"] == [1, 3, 4]
+
+
+def test_means_and_shares_are_over_the_right_examples(view: Temperature, whole: Sweep) -> None:
+    finished(view)
+    right = (whole.found.logits.argmax(1) == whole.found.labels).astype("u1")
+    assert right.sum() == N - 1
+    assert list(view.net["right"]) == right.tolist()
+    assert view.net["counted"] == N - 1
+    for name, w in whole.found.dtypes.items():
+        alive = (w.signs[:, right == 1] ** 2).mean(1)
+        assert np.allclose(np.frombuffer(view.curves[name]["alive"], "<f4"), alive)
+        shares = np.frombuffer(view.curves[name]["shares"], "<f4").reshape(3, K)
+        assert np.allclose(shares.sum(0), 1, atol=1e-6)
+
+
+def test_a_dtype_that_the_logits_are_too_large_for_is_told_and_the_others_are_shown(view: Temperature) -> None:
+    job = view.choose(c=1e5)
+    assert job is not None
+    job.result(120)
+    assert view.complete
+    assert set(view.curves) == {"float32", "float64"}
+    assert "finite" in next(d["failed"] for d in view.choices["dtypes"] if d["name"] == "float16")
+    with pytest.raises(InputError, match="finite"):
+        view.choose(dtype="float16")
+    assert view.settings["dtype"] == "float32"
+
+
+def test_a_view_that_begins_in_such_a_dtype_shows_another_and_says_why(setting: Any) -> None:
+    view = Temperature(*setting, dtype="float16", c=1e5, **OPTIONS)
+    finished(view)
+    assert view.settings["dtype"] == "float32"
+    assert "finite" in view.status["error"]
+
+
+def test_the_labs_own_net_is_trained_in_the_job_and_looks_robust_until_it_is_woken_up() -> None:
+    view = Temperature(attack=PGD(5))
+    assert view.found is None
+    assert view.net == {}
+    assert view.chosen == {}
+    assert view.caption == "Nothing has been computed yet."
+
+    def stop(_: Any) -> None:
+        if view.sweep is not None and view.sweep.finished("float32"):
+            view.stop()
+
+    view.observe(stop, "status")
+    job = view.run()
+    assert job.wait(300)
+    assert job.error is None
     assert view.found is not None
+    w, at = view.found.dtypes["float32"], view.found.nearest(1.0)
+    assert view.found.clean == 1
+    assert w.shares[2, at] > 0.5  # dead
+    assert w.accuracy[at] > max(w.rules.values()) + 0.3
+    assert w.same.all()
+
+
+def test_messages_stay_small(setting: tuple[nn.Module, Tensor, Tensor]) -> None:
+    net, x, y = setting
+    many = Temperature(net, x.repeat(20, 1, 1, 1), y.repeat(20), eps=0.1, attack=PGD(1))
+    assert many.choices["left_out"] == 20 * N - 200
+    finished(many)
+    sizes = [len(b) for d in (many.net, many.regimes, many.chosen) for b in d.values() if isinstance(b, bytes)]
+    sizes += [len(b) for c in many.curves.values() for b in c.values() if isinstance(b, bytes)]
+    assert sum(sizes) < 2**18
+
+
+def test_traits_set_by_the_browser_change_nothing_that_python_uses(view: Temperature) -> None:
+    before = view.state()
+    view.set_state({"settings": {"index": 99, "dtype": "<script>"}, "choices": {}})
+    assert view.state() == before
 
 
 def test_state_gives_the_same_view_again(view: Temperature, setting: tuple[nn.Module, Tensor, Tensor]) -> None:

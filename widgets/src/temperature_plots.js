@@ -113,7 +113,7 @@ export class Curves extends Picture {
       const outside = log < low ? "‹ " : log > high ? "› " : "";
       const x = within(log);
       this.svg.append(svg("line", { x1: x, x2: x, y1: Y0, y2: Y1, class: `ql-rule ql-run-${slot} ql-dash-${slot}` }));
-      const [anchor, shift] = !near ? ["middle", 0] : i === 0 ? ["end", 1] : ["start", -1];
+      const [anchor, shift] = !near ? ["middle", 0] : i === 0 ? ["end", -1] : ["start", 1];
       this.svg.append(svg("text", { x: x + shift, y: Y1 - 6, "text-anchor": anchor, class: `ql-label ql-run-${slot}` }, outside + name));
     });
     this.cursor = svg("line", { y1: Y0, y2: Y1, class: "ql-cursor" });
@@ -149,7 +149,7 @@ export class Curves extends Picture {
         this.dots[i].setAttribute("cx", x);
         this.dots[i].setAttribute("cy", this.sy(value));
       }
-      this.readings[i].textContent = `${name} ${read(value)}`;
+      this.readings[i].textContent = `${name}: ${read(value)}`;
     });
     const said = [...this.readings.map((r) => r.textContent), ...this.verticals.map(({ text }) => text), ...this.spots.map(({ text }) => text)];
     this.say(`At β ${number(10 ** this.logs[index])}: ${said.join(", ")}`);
@@ -171,7 +171,7 @@ export class Bars extends Picture {
     this.svg.replaceChildren();
     const axis = axisBottom(scaleLinear([0, 1], [X0, X1])).tickValues([]);
     const more = classes > kept.length ? `class; the ${kept.length} most probable of ${classes}` : "class";
-    axes(this.svg, axis, axisLeft(sy).ticks(4, ".0%"), more);
+    axes(this.svg, axis, axisLeft(sy).tickValues([0, 0.25, 0.5, 0.75, 1]).tickFormat((v) => `${100 * v} %`), more);
     this.svg.append(svg("line", { x1: X0, x2: X1, y1: sy(1 / classes), y2: sy(1 / classes), class: "ql-even" }));
     const width = Math.max(3, Math.min(26, step - 4));
     this.rects = kept.map((j) => svg("rect", { x: sx(j) - width / 2, width, class: "ql-bar" }));
