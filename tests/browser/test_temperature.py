@@ -79,9 +79,9 @@ def test_a_guess_comes_first_and_the_slider_wakes_the_gradient_up(page: Any, lab
         "() => document.querySelector('.ql-temperature .ql-caption').textContent.includes('Example 7')"
     )
     page.get_by_label("Logits of the net times c").select_option("1")
-    page.wait_for_selector(".ql-rows .ql-now")
+    page.wait_for_selector(".ql-rows tbody tr:nth-child(6)", timeout=WAIT_MS)  # two factors, three dtypes
     complete(page)
-    assert view.locator(".ql-rows tbody tr").count() == 6  # two factors, three dtypes
+    assert view.locator(".ql-rows .ql-now").inner_text().split()[:3] == ["▸", "1", "float16"]
     picture(page, f"temperature-half-{theme}.png")
     page.locator(".jp-CodeCell .cm-content").nth(2).click()
     page.keyboard.press("Shift+Enter")

@@ -181,7 +181,7 @@ class Temperature extends View {
     for (const input of [this.factor, this.dtype, this.of]) input.disabled = !this.seen;
     this.complete = complete;
     this.about.textContent = own
-      ? "The lab's own net: 64 – 64 – 64 – 10, weights and activations are signs, trained on 8 × 8 digits. Its logits have a median gap of 4 at c = 1. The examples are unseen ones that it has right."
+      ? "The lab's own net: 64 – 64 – 64 – 10, weights and activations are signs, trained on 8 × 8 digits. At c = 1 its logits are as they should be, at c = 100 they saturate its softmax. The examples are unseen ones that it has right."
       : "";
     this.drawGuess();
     this.drawStatus();
@@ -324,7 +324,9 @@ class Temperature extends View {
     this.told = Boolean(known);
     this.result.textContent = known
       ? `You guessed ${percent(this.guess)}: plain PGD leaves ${percent(row.plain)} right, the same PGD with its logits scaled by NJS ${percent(row.rules.NJS)}, by HNS ${percent(row.rules.HNS)}. Without any gradient at β = 1: ${percent(row.lost)} of the right examples. Now move β.`
-      : "The attack is running; its result appears here.";
+      : this.root.dataset.phase === "idle"
+        ? "The attack was stopped before its result was known."
+        : "The attack is running; its result appears here.";
   }
 
   drawRows() {
@@ -349,6 +351,7 @@ class Temperature extends View {
     this.root.dataset.complete = String(this.complete);
     this.stop.hidden = !busy;
     this.more.hidden = busy || this.complete !== false;
+    this.drawResult();
     this.status.textContent = busy ? `${text} ${Math.round(100 * fraction)} %` : text;
     this.drawError();
   }
