@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import traitlets
 from qlab.widgets.replay_payload import ground_of, path_of, pictures_of
-from qlab.widgets.view import View
+from qlab.widgets.view import Chosen
 
 from qlab.errors import InputError, UnknownNameError
 from qlab.jobs import Job, Latest, Update
@@ -44,7 +44,7 @@ _FINER = 10  # a step is eps over this, where eta is not given: smaller than PGD
 _FIELDS = ("example", "eps", "loss", "step", "data", "fault")
 
 
-class AttackReplay(View):
+class AttackReplay(Chosen):
     """A view of the paths of several attackers of one example.
 
     Args:
@@ -143,10 +143,6 @@ class AttackReplay(View):
             self._say("Attacking ...", phase="running", fraction=0.0)
         return self._latest.submit(lambda: self._work(place))
 
-    def stop(self) -> None:
-        """Ask the work to stop; the paths found so far stay."""
-        self._latest.cancel()
-
     def figure(self) -> Figure:
         """Return a static figure of the paths; runs the attackers where that has not been done."""
         if self.found is None:
@@ -157,9 +153,6 @@ class AttackReplay(View):
                 self._show()
         assert self.found is not None
         return self.found.figure()
-
-    def _kept(self) -> dict[str, Any]:
-        return dict(self._place)
 
     @classmethod
     def from_state(
@@ -182,19 +175,9 @@ class AttackReplay(View):
 
     # ---- messages from the browser ------------------------------------------------------------------------------------
 
-    def _act(self, kind: object, content: Any) -> bool:
-        if kind == "ready":
-            if not self._complete and self.status["phase"] != "running":
-                self.run()
-        elif kind == "choose":
-            self.choose(**{name: value for name, value in content.items() if name != "type"})
-        elif kind == "run":
+    def _wake(self) -> None:
+        if not self._complete and self.status["phase"] != "running":
             self.run()
-        elif kind == "stop":
-            self.stop()
-        else:
-            return False
-        return True
 
     # ---- work -----------------------------------------------------------------------------------------------------------
 

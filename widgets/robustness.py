@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import traitlets
 from qlab.widgets.robustness_payload import answer_of, curve_of, page_of, panel_of, pictures_of, sample_of, verdict
-from qlab.widgets.view import View
+from qlab.widgets.view import Chosen
 
 from qlab.errors import InputError, UnknownNameError
 from qlab.jobs import Job, Latest, Update
@@ -47,7 +47,7 @@ _OPTIONS = ("norm", "low", "high", "samples", "twin", "root", "budget", "seed")
 _FIELDS = ("nets", "suite", "attacks", "eps", "example")
 
 
-class RobustnessLab(View):
+class RobustnessLab(Chosen):
     """A view of the robustness of several nets, and of whether it can be trusted.
 
     Args:
@@ -160,10 +160,6 @@ class RobustnessLab(View):
             self._tell_place()
         return self._latest.submit(lambda: self._work(place))
 
-    def stop(self) -> None:
-        """Ask the work to stop; what was found so far stays, and no robust accuracy is stated where it is not finished."""
-        self._latest.cancel()
-
     def figure(self) -> Figure:
         """Return accuracies against eps of the nets that are finished; runs the chosen attacks where none is."""
         from qlab.plots.robustness import evaluation_figure
@@ -186,9 +182,6 @@ class RobustnessLab(View):
 
     def _finished(self) -> dict[str, Evaluation]:
         return {name: e for name, e in self.evaluations.items() if e.complete}
-
-    def _kept(self) -> dict[str, Any]:
-        return {name: list(v) if isinstance(v, list) else v for name, v in self._place.items()}
 
     @classmethod
     def from_state(
@@ -216,19 +209,9 @@ class RobustnessLab(View):
 
     # ---- messages from the browser ------------------------------------------------------------------------------------
 
-    def _act(self, kind: object, content: Any) -> bool:
-        if kind == "ready":
-            if not self.evaluations and self.status["phase"] != "running":
-                self._begin()
-        elif kind == "choose":
-            self.choose(**{name: value for name, value in content.items() if name != "type"})
-        elif kind == "run":
-            self.run()
-        elif kind == "stop":
-            self.stop()
-        else:
-            return False
-        return True
+    def _wake(self) -> None:
+        if not self.evaluations and self.status["phase"] != "running":
+            self._begin()
 
     # ---- work -----------------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import traitlets
 from qlab.widgets.temperature_payload import chosen_of, curves_of, net_of, regimes_of, rows_of
-from qlab.widgets.view import View
+from qlab.widgets.view import Chosen
 
 from qlab.errors import InputError, UnknownNameError
 from qlab.jobs import Job, Latest, Update
@@ -49,7 +49,7 @@ _FIELDS = ("beta", "dtype", "example", "of", "c")
 _LOUD = 100.0  # c for the lab's own net, whose logits have a median gap of 4
 
 
-class Temperature(View):
+class Temperature(Chosen):
     """A view of gradients, regimes and accuracy under attack over temperatures.
 
     Args:
@@ -170,19 +170,12 @@ class Temperature(View):
             self._say("Computing ...", phase="running", fraction=0.0)
         return self._latest.submit(lambda: self._work(place))
 
-    def stop(self) -> None:
-        """Ask the work to stop; what has been computed stays, and `run` goes on from there."""
-        self._latest.cancel()
-
     def figure(self) -> Figure:
         """Return a static figure of what there is; computes it where that is nothing."""
         if self.found is None:
             self.run().result()
         assert self.found is not None
         return self.found.figure()
-
-    def _kept(self) -> dict[str, Any]:
-        return dict(self._place)
 
     @classmethod
     def from_state(
@@ -205,19 +198,9 @@ class Temperature(View):
 
     # ---- messages from the browser ------------------------------------------------------------------------------------
 
-    def _act(self, kind: object, content: Any) -> bool:
-        if kind == "ready":
-            if not self.complete and self.status["phase"] != "running":
-                self.run()
-        elif kind == "choose":
-            self.choose(**{name: value for name, value in content.items() if name != "type"})
-        elif kind == "run":
+    def _wake(self) -> None:
+        if not self.complete and self.status["phase"] != "running":
             self.run()
-        elif kind == "stop":
-            self.stop()
-        else:
-            return False
-        return True
 
     # ---- work -----------------------------------------------------------------------------------------------------------
 

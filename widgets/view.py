@@ -18,7 +18,9 @@ from qlab.errors import InputError, QlabError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["View"]
+    from qlab.jobs import Job, Latest
+
+__all__ = ["Chosen", "View"]
 
 
 class View(anywidget.AnyWidget):
@@ -115,3 +117,45 @@ class View(anywidget.AnyWidget):
         """Take an error off the view: something right was done since."""
         if "error" in self.status:
             self.status = {name: value for name, value in self.status.items() if name != "error"}
+
+
+class Chosen(View):
+    """A view of settings that are chosen and work that is run: by `choose`, `run` and `stop`, from Python and the browser alike.
+
+    A subclass has its settings in `_place`, its work in `_latest`, and says in `_wake` what a page that opens asks for.
+    """
+
+    _place: dict[str, Any]
+    _latest: Latest
+
+    @abstractmethod
+    def choose(self, **changes: Any) -> Job | None:
+        """Change what is on view; what is not given stays."""
+
+    @abstractmethod
+    def run(self) -> Job:
+        """Start the work in the background."""
+
+    @abstractmethod
+    def _wake(self) -> None:
+        """Do what a page that opens asks for; several may."""
+
+    def stop(self) -> None:
+        """Ask the work to stop; what was found so far stays."""
+        self._latest.cancel()
+
+    def _kept(self) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, list) else value for name, value in self._place.items()}
+
+    def _act(self, kind: object, content: Any) -> bool:
+        if kind == "ready":
+            self._wake()
+        elif kind == "choose":
+            self.choose(**{name: value for name, value in content.items() if name != "type"})
+        elif kind == "run":
+            self.run()
+        elif kind == "stop":
+            self.stop()
+        else:
+            return False
+        return True

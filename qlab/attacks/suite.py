@@ -171,7 +171,8 @@ def evaluating(
         twin: a float net of the same task for the transfer attack; it takes what `net` takes.
         fast: a packed net of the same logits, for questions without gradients. What is found with it counts where the net
             itself is wrong.
-        panel: whether the honesty panel is run, at the smallest eps that leaves anything to judge.
+        panel: whether the honesty panel is run, at the smallest eps at which half of what was right is broken, else at the
+            largest; with less work (`checks_runs.BUDGETS`) for the suite "quick".
         root: folder where finished attacks are kept, to go on from.
         budget: seconds after which no further attack is started.
         seed: of all attacks.
@@ -263,7 +264,9 @@ def evaluating(
         from qlab.attacks.honesty import examining
 
         radius = radii[_telling(distance, clean)]
-        for update in examining(net, x, y, radius, norm=norm, low=low, high=high, fast=fast, twin=twin, seed=seed):
+        work = "quick" if attacks == "quick" else "standard"
+        ends = {"norm": norm, "low": low, "high": high}
+        for update in examining(net, x, y, radius, **ends, fast=fast, twin=twin, budget=work, seed=seed):
             honesty = update.value if update.value is not None else honesty
             share = (len(radii) * len(chosen) + update.fraction * len(chosen)) / total
             yield Update(min(share, 1.0), f"honesty panel: {update.text}", None)
