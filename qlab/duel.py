@@ -264,8 +264,8 @@ class _Arena:
     def __init__(self, steppers: list[Stepper], grid: int) -> None:
         self.steppers = steppers
         data = steppers[0].data
-        test = data.split("test")
-        self.x, self.y = data.transform(test.x[:_TESTED]), test.y[:_TESTED].flatten()  # of texts, every position
+        test = data.split("test", _TESTED)
+        self.x, self.y = data.transform(test.x), test.y.flatten()  # of texts, every position
         self.losses: list[tuple[float, float]] = []
         self.looks: dict[int, dict[str, Any]] = {}
         self.plane: dict[str, Any] | None = None

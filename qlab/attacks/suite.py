@@ -109,7 +109,9 @@ def suite(name: str, norm: Norm = "linf", twin: nn.Module | None = None, seed: i
 
 
 def examples(data: Any, samples: int | None = 1000) -> tuple[Tensor, Tensor]:
-    """Return the first test examples of a data set in its own units, x (N, ...) floats, y (N,): pixels on the [0, 1] scale.
+    """Return test examples of a data set in its own units, x (N, ...) floats, y (N,): pixels on the [0, 1] scale.
+
+    They are mixed, each class in proportion, and the same every time.
 
     Raises:
         InputError: for something that is no data set of the lab; a number of samples below one.
@@ -121,9 +123,8 @@ def examples(data: Any, samples: int | None = 1000) -> tuple[Tensor, Tensor]:
         )
     if samples is not None and (isinstance(samples, bool) or samples < 1):
         raise InputError(f"samples is {samples!r}; expected a positive number of test examples, or None for all")
-    test = split("test")
-    x = test.x[:samples]
-    return (x.float() / 255 if x.dtype == torch.uint8 else x.float()), test.y[:samples]
+    test = split("test", data.num_samples("test") if samples is None else samples)
+    return (test.x.float() / 255 if test.x.dtype == torch.uint8 else test.x.float()), test.y
 
 
 def evaluate(net: nn.Module, data: Any, eps: Sequence[float] | float, **options: Any) -> Evaluation:
@@ -131,7 +132,7 @@ def evaluate(net: nn.Module, data: Any, eps: Sequence[float] | float, **options:
 
     Args:
         net: a torch module in eval mode, or a method of the lab, of which what it deploys is attacked.
-        data: a data set of the lab (its first test examples in its own units; the net gets its normalisation in front), or
+        data: a data set of the lab (its test examples in its own units; the net gets its normalisation in front), or
             inputs and labels (x, y) as the net takes them.
         eps: radii in the units of the data.
         options: those of `evaluating`.

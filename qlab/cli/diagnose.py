@@ -41,8 +41,8 @@ def diagnose(options: argparse.Namespace) -> int:
     if data is None:
         raise InputError("a diagnosis needs data, and there is no config.yaml beside the checkpoint: say --data NAME")
     name = given["name"]
-    split = data.split("test")
-    x, y = data.transform(split.x[: options.examples]), split.y[: options.examples]
+    split = data.split("test", options.examples)
+    x, y = data.transform(split.x), split.y
     deployed = method.deployed(data.calibration(method.calibration_batches))
     found = {
         "deployed net": doctor(deployed, x, y),

@@ -209,12 +209,22 @@ class DataModule(pl.LightningDataModule):
         split, rows = self._part(part)
         return len(split) if rows is None else len(rows)
 
-    def split(self, part: str) -> Split:
+    def split(self, part: str, samples: int | None = None) -> Split:
         """Return the raw tensors of "train", "val" or "test" on the CPU.
 
         A part that is stored as such is returned as it lies (do not write into it); one that is cut out of another is a copy.
+
+        Args:
+            part: which.
+            samples: only so many of them, mixed, each class in proportion, as is every beginning of them; always the same ones.
+                A set may lie sorted by class: its first samples are no sample.
         """
         split, rows = self._part(part)
+        if samples is not None:
+            whole_number("samples", samples, 1)
+            y = split.y if rows is None else split.y[rows]
+            some = stratified_order(strata(y), generator("samples", TEST_SEED))[:samples]
+            rows = some if rows is None else rows[some]
         return split if rows is None else Split(*take(split, rows, torch.device("cpu")))
 
     def transform(self, x: Tensor) -> Tensor:

@@ -279,10 +279,13 @@ class Rule:
     Args:
         checks: the parts.
         confidence: level of the rule; with k `Difference` parts each interval has level 1 - (1 - confidence)/k.
+        given: what the claim presupposes. Where a run is not like that the claim says nothing of it: the verdict is undecided,
+            whatever the parts say.
     """
 
     checks: tuple[Check, ...]
     confidence: float = 0.95
+    given: tuple[Every, ...] = ()
 
     @property
     def level(self) -> float:
@@ -297,7 +300,8 @@ class Rule:
             ". The interval is the hull of Student's t and the BCa bootstrap interval over seeds: at 3 seeds a bootstrap "
             "alone is too narrow. Undecided otherwise, with one seed, or where runs are missing."
         )
-        return f"Holds if {parts}{interval}"
+        given = "".join(f" Undecided also unless {self._condition(each)}." for each in self.given)
+        return f"Holds if {parts}{interval}{given}"
 
     def judge(self, frame: pd.DataFrame, seeds: Sequence[int]) -> tuple[Outcome, tuple[Evidence, ...]]:
         """Return the verdict on the runs in `frame` and the evidence of each part.
@@ -307,10 +311,26 @@ class Rule:
             seeds: the seeds that every arm should have been run with.
         """
         evidence = tuple(check.judge(frame, seeds, self.level) for check in self.checks)
+        given = tuple(self._met(each.judge(frame, seeds, self.level), each) for each in self.given)
         outcomes = {part.outcome for part in evidence}
+        if any(part.outcome != "holds" for part in given):
+            return "undecided", given + evidence
         if "fails" in outcomes:
-            return "fails", evidence
-        return ("holds" if outcomes == {"holds"} else "undecided"), evidence
+            return "fails", given + evidence
+        return ("holds" if outcomes == {"holds"} else "undecided"), given + evidence
+
+    @staticmethod
+    def _condition(each: Every) -> str:
+        arms = ", ".join(f"[{arm}]" for arm in each.arms)
+        return f"{each.metric.label} {each.relation} {each.metric.show(each.bound)} in every run of {arms}"
+
+    @classmethod
+    def _met(cls, found: Evidence, each: Every) -> Evidence:
+        """Return what was found of a presupposition: not met, it leaves the claim open and does not refute it."""
+        if found.outcome != "fails":
+            return found
+        statement = f"{found.statement.split(', against the claim')[0]}: not what the claim presupposes"
+        return Evidence(f"{statement}, {cls._condition(each)}", "undecided", found.numbers)
 
 
 def _values(frame: pd.DataFrame, arm: str, metric: str, seeds: Sequence[int]) -> NDArray[np.float64]:

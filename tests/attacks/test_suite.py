@@ -184,7 +184,7 @@ def test_a_data_set_is_attacked_in_its_own_units() -> None:
     assert float(x.min()) >= 0
     assert float(x.max()) == 1
     found = evaluate(net, data, 0.1, attacks=TWO, samples=20, panel=False)
-    raw = data.split("test").x[:20]
+    raw = data.split("test", 20).x
     with torch.no_grad():
         right = net(data.transform(raw)).argmax(1) == y
     np.testing.assert_array_equal(found.clean, right.numpy())
@@ -558,7 +558,7 @@ def test_the_panel_looks_at_the_radius_that_tells_most_and_at_the_same_nets(
     data = qlab.data.load("digits")
     net, twin = (qlab.build("mlp", data.input_shape, data.num_classes, hidden=[16], seed=i).eval() for i in (0, 1))
     evaluate(net, data, 0.1, attacks=ONE, samples=20, twin=twin, fast=net)
-    raw = data.split("test").x[:20]
+    raw = data.split("test", 20).x
     with torch.no_grad():
         seen = data.transform(raw)
         for name, plain in (("net", net), ("twin", twin), ("fast", net)):

@@ -37,6 +37,24 @@ def test_sets_without_files_have_their_known_shapes(name):
     assert sum(data.num_samples(part) for part in ("train", "val", "test")) == (1797 if image else 2000)
 
 
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_few_samples_of_a_set_sorted_by_class_hold_every_class_in_proportion(part):
+    y = np.repeat(np.arange(4), [400, 300, 200, 100])
+    x = np.arange(1000, dtype=np.float32)[:, None] + np.zeros((1, 2), np.float32)
+    data = DataModule.from_arrays(x, y, x_test=x, y_test=y, val_fraction=0)
+    few = data.split(part, 100)
+    assert few.y.bincount().tolist() == [40, 30, 20, 10]
+    assert torch.equal(few.y, torch.as_tensor(y)[few.x[:, 0].long()])
+    assert few.x[:, 0].unique().numel() == 100
+    assert torch.equal(data.split(part, 10).x, few.x[:10])
+    assert few.y[:10].bincount().tolist() == [4, 3, 2, 1]
+    everything = data.split(part, 5000)
+    assert sorted(everything.x[:, 0].tolist()) == x[:, 0].tolist()
+    for wrong in (0, -1, True, 2.5):
+        with pytest.raises(InputError, match="samples must be a whole number"):
+            data.split(part, wrong)
+
+
 def test_digits_are_the_pixels_of_scikit_learn_on_another_scale():
     from sklearn.datasets import load_digits
 

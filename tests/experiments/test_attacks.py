@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
 import qlab
+from qlab.errors import QlabError
 from qlab.experiments import EXPERIMENTS
 from qlab.experiments.attacks import EXPERIMENT, METRICS, SIZES, measured, plan, run
 from qlab.methods import create
@@ -70,6 +72,28 @@ def test_a_saturated_float_net_has_dead_images_and_a_temperature_breaks_it() -> 
     far = ((x - 0.5) @ w).abs() > 0.76
     assert 0 < float(far.double().mean()) < 1
     assert found["PGD++ L2 HNS"] == float(far.double().mean())
+
+
+def test_a_net_that_is_always_wrong_is_named_and_not_attacked() -> None:
+    net = nn.Linear(4, 3).eval()
+    x = torch.rand(8, 4, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(QlabError, match="wrong on all of the 8 examples"):
+        measured(net, x, (net(x).argmax(1) + 1) % 3, eps=0.1, steps=1, eps_l2=0.1, seed=0)
+
+
+def test_nets_that_are_not_saturated_leave_the_claim_open() -> None:
+    rows = [
+        {"arm": arm, "seed": seed, "metric": metric.name, "value": 5.0 if metric.name == "gap" else 0.0}
+        for arm in plan("laptop", "digits").arms
+        for seed in range(5)
+        for metric in METRICS
+    ]
+    verdict, evidence = EXPERIMENT.rule.judge(pd.DataFrame(rows), range(5))
+    assert verdict == "undecided"
+    assert "not what the claim presupposes" in evidence[0].statement
+    for row in rows:
+        row["value"] = 20.0 if row["metric"] == "gap" else row["value"]
+    assert EXPERIMENT.rule.judge(pd.DataFrame(rows), range(5))[0] == "fails"  # a temperature gains nothing
 
 
 class _Centred(nn.Module):
