@@ -127,7 +127,9 @@ def measured(
         z = torch.cat([net(part) for part in x.split(256)])
     right = z.argmax(1) == y
     if not right.any():
-        raise QlabError(f"the net is wrong on all of the {len(y)} examples: there is nothing to attack; train it longer")
+        raise QlabError(
+            f"the net is wrong on all of the {len(y)} examples: there is nothing to attack; train it longer"
+        )
     first = PGD(1, seed=seed, random_start=False, early_stop=False)(net, x, y, eps, trace=True)
     assert first.trace is not None
     gradient = first.trace[0].gradient

@@ -62,7 +62,8 @@ def test_where_the_range_cuts_a_linear_net_of_two_classes_it_ends_within_the_ove
     assert (found.distance >= truth * (1 - 1e-9)).all()
     arrived = np.isfinite(found.distance)
     assert arrived.mean() >= 0.95  # a step that the range cuts short gains little, and the steps may be used up
-    assert (found.distance[arrived] <= truth[arrived] * (1.02 + 1e-9)).all()
+    tie = 1e-3  # a point that lies on the plane is taken to be this far from it
+    assert (found.distance[arrived] <= 1.02 * (truth[arrived] + tie)).all()
     assert bool(Ball.of(x, 1.0, "linf").contains(found.adversarial).all())
 
 
