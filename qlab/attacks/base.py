@@ -214,6 +214,11 @@ class Ledger:
         return self.z.shape[1]
 
     @property
+    def traced(self) -> bool:
+        """Whether iterates are kept."""
+        return self._steps is not None
+
+    @property
     def active(self) -> Tensor:
         """Indices (n,) of the examples that are worth asking about: not misclassified to begin with, not broken already."""
         return (~self.broken if self.early else self.clean).nonzero()[:, 0]

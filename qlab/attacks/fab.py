@@ -80,16 +80,21 @@ class FAB(Attack):
     def search(
         self, victim: Victim, ledger: Ledger, noise: torch.Generator, session: Any
     ) -> Generator[float, None, None]:
-        """Run all targets and restarts on the examples that were right to begin with."""
-        at = ledger.active
-        if not len(at):
-            return
+        """Run all targets and restarts on the examples that were right to begin with.
+
+        Where there is a radius, an example for which a run found a point within it needs no other (`early_stop`).
+        """
         taught = self.estimator.bind(victim)
-        ball, y = ledger.ball.take(at), ledger.y[at]
-        pairs = self.pairs(nearest_classes(ledger.z[at], y, ledger.classes - 1))
+        everyone = ledger.active
+        pairs = self.pairs(nearest_classes(ledger.z, ledger.y, ledger.classes - 1))
         done, runs = 0, len(pairs) * self.restarts
-        for targets in pairs:
+        for classes in pairs:
             for r in range(self.restarts):
+                enough = ledger.broken & ledger.ball.eps.isfinite() & self.early_stop
+                at = everyone[~enough[everyone]]
+                if not len(at):
+                    return
+                ball, y, targets = ledger.ball.take(at), ledger.y[at], classes[at]
                 points = ball.x
                 if r:
                     points = _near(ledger.ball, ledger.distance, noise)[at]

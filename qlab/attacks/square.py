@@ -135,11 +135,13 @@ class Square(Attack):
             z = victim.logits(points)
             m = score(z, ledger.y[at])
             rises = m > value[at]
-            ledger.see(at[rises], points[rises], z[rises])
+            if rises.any():
+                ledger.see(at[rises], points[rises], z[rises])
             moves_to = m >= value[at] if self.ties else rises
             moved = at[moves_to]
             best[moved], value[moved] = points[moves_to], m[moves_to]
-            ledger.step(at, best[at], value[at])
+            if ledger.traced:
+                ledger.step(at, best[at], value[at])
             yield t / (self.queries - 1)
 
 

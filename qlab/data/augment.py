@@ -16,13 +16,14 @@ Reference: crop and mirror as in He et al. 2015 (arXiv:1512.03385, section 4.2);
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["Augmentation", "crop", "cutout", "mirror"]
+__all__ = ["Augmentation", "augmented", "crop", "cutout", "mirror"]
 
 
 def crop(x: Tensor, top: Tensor, left: Tensor, padding: int) -> Tensor:
@@ -97,3 +98,19 @@ class Augmentation:
         row = torch.randint(x.shape[2], (len(x),), generator=generator).to(x.device)
         column = torch.randint(x.shape[3], (len(x),), generator=generator).to(x.device)
         return cutout(x, row, column, self.cutout)
+
+
+def augmented(
+    x: Tensor, transform: Callable[[Tensor], Tensor], augmentation: Augmentation | None, generator: torch.Generator
+) -> Tensor:
+    """Return raw inputs moved, normalised and erased, in this order; only normalised where there is no augmentation.
+
+    Args:
+        x: (N, ...) raw inputs.
+        transform: normalises.
+        augmentation: what is done, or None.
+        generator: of its draws.
+    """
+    if augmentation is None:
+        return transform(x)
+    return augmentation.erase(transform(augmentation.move(x, generator)), generator)

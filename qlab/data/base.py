@@ -17,7 +17,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from qlab.data.augment import Augmentation
+from qlab.data.augment import Augmentation, augmented
 from qlab.data.loader import BatchLoader, take
 from qlab.data.seeding import generator
 from qlab.data.splits import Source, Split, channel_statistics, strata, stratified_order
@@ -248,7 +248,11 @@ class DataModule(pl.LightningDataModule):
         return (x - mean) / std
 
     def calibration(self, batches: int) -> list[Tensor]:
-        """Return a fixed sequence of unaugmented, normalised training inputs, for batch-norm statistics.
+        """Return a fixed sequence of training inputs, normalised and augmented as in training, for batch-norm statistics.
+
+        Augmented, because the net was trained behind statistics of such inputs and is another function behind others: random crops
+        have black edges. ResNet-20 after 3 epochs of 10,000 CIFAR-10 pictures, in float: 44.6 % on the test part as trained, 44.5 %
+        with statistics of augmented inputs, 39.7 % with those of inputs as they lie.
 
         Args:
             batches: how many batches; fewer come back where the training part ends before.
@@ -261,7 +265,11 @@ class DataModule(pl.LightningDataModule):
         split, rows = self._part("train")
         order = torch.randperm(self.num_samples("train"), generator=generator("calibration", self.seed))
         order = order if rows is None else rows[order]
-        return [self.transform(take(split, chunk, device)[0]) for chunk in order.split(self.batch_size)[:batches]]
+        found = []
+        for number, chunk in enumerate(order.split(self.batch_size)[:batches]):
+            x, draws = take(split, chunk, device)[0], generator("calibration", self.seed, number)
+            found.append(augmented(x, self.transform, self.augmentation, draws))
+        return found
 
     def __repr__(self) -> str:
         options = ", ".join(f"{key}={value!r}" for key, value in self.hparams.items())

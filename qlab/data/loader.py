@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qlab.data.augment import Augmentation
+from qlab.data.augment import Augmentation, augmented
 from qlab.data.seeding import generator
 from qlab.data.splits import Split
 from qlab.errors import CheckpointError, InputError
@@ -128,10 +128,8 @@ class BatchLoader:
 
     def _batch(self, rows: Tensor, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
         x, y = take(self.split, rows, self.device)
-        if self.augment is None:
-            return self.transform(x), y
         draws = generator("augment", self.seed, epoch, batch, self.rank)
-        return self.augment.erase(self.transform(self.augment.move(x, draws)), draws), y
+        return augmented(x, self.transform, self.augment, draws), y
 
     def set_epoch(self, epoch: int) -> None:
         """Say which epoch comes next. The epoch that was loaded with `load_state_dict` continues where it stood."""

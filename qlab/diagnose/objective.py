@@ -31,8 +31,8 @@ def cross_entropy(z: Tensor, y: Tensor) -> Tensor:
 
 def margin(z: Tensor, y: Tensor) -> Tensor:
     """Return max_{i != y} z_i - z_y: positive where the example is misclassified; no softmax that could saturate."""
-    own = F.one_hot(y, z.shape[-1]).bool()
-    return z.masked_fill(own, float("-inf")).amax(-1) - z.gather(-1, y[..., None])[..., 0]
+    y = y[..., None]
+    return z.scatter(-1, y, float("-inf")).amax(-1) - z.gather(-1, y)[..., 0]
 
 
 LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "margin": margin}

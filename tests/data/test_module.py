@@ -179,7 +179,7 @@ def test_transform_refuses_another_shape_and_leaves_its_input_alone():
 
 def test_calibration_is_a_fixed_sequence_of_plain_training_inputs():
     x, y = images()
-    data = DataModule.from_arrays(x, y, augment=True, batch_size=10)
+    data = DataModule.from_arrays(x, y, batch_size=10)
     first, second = data.calibration(3), data.calibration(3)
     assert [tuple(b.shape) for b in first] == [(10, 3, 6, 6)] * 3
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -190,6 +190,20 @@ def test_calibration_is_a_fixed_sequence_of_plain_training_inputs():
     assert sum(len(b) for b in data.calibration(1000)) == data.num_samples("train")
     with pytest.raises(InputError, match="batches"):
         data.calibration(0)
+
+
+def test_calibration_inputs_are_augmented_like_those_of_training():
+    # Bright pictures: the black edges of random crops move the mean, so statistics of plain pictures are not those of training.
+    rng = np.random.default_rng(0)
+    x, y = rng.integers(200, 256, (400, 1, 8, 8), dtype=np.uint8), rng.integers(0, 2, 400)
+    data = DataModule.from_arrays(x, y, augment=True, batch_size=50)
+    first, second = data.calibration(6), data.calibration(6)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    plain = data.transform(data.split("train").x)
+    trained = torch.cat([batch for batch, _ in data.train_dataloader()])
+    spread = float(trained.mean((1, 2, 3)).std()) / 300**0.5
+    assert abs(float(torch.cat(first).mean() - trained.mean())) < 4 * spread
+    assert abs(float(plain.mean() - trained.mean())) > 20 * spread
 
 
 def test_unknown_part_is_named():
