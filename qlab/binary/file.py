@@ -35,7 +35,10 @@ __all__ = ["FORMAT", "MAX_HEADER", "VERSION", "load", "replace_file", "save"]
 
 FORMAT = "qlab.packed"
 VERSION = 1
-MAX_HEADER = 2**20  # bytes; resnet20 takes 26 thousand. As Python objects, JSON made to explode takes 27 times as much
+MAX_HEADER = 2**18  # bytes; resnet18 takes 27 thousand
+MAX_STRUCTURE = (
+    2**15
+)  # of the characters { [ , and : in it; resnet18 has 2.5 thousand. A value takes some 64 bytes as an object
 MAX_DIMS = 4
 DIGITS = 19  # of an integer: more than 64 bits are never meant
 DTYPES: dict[str, np.dtype] = {"U64": np.dtype("<u8"), "I32": np.dtype("<i4"), "F32": np.dtype("<f4")}
@@ -148,8 +151,11 @@ def _header(packed: PackedNet, blocks: Mapping[str, np.ndarray]) -> bytes:
         header = _joined(entries, content)
     except ValueError as error:
         raise InputError(f"a number of this net cannot be written: {error}; find the layer that diverged") from error
-    if len(header) > MAX_HEADER:
-        raise InputError(f"this net's header takes {len(header):,} bytes; the format allows {MAX_HEADER:,}")
+    if len(header) > MAX_HEADER or _structure(header.decode("ascii")) > MAX_STRUCTURE:
+        raise InputError(
+            f"this net's header takes {len(header):,} bytes; the format allows {MAX_HEADER:,}, and {MAX_STRUCTURE:,} of its "
+            "characters to be brackets, commas and colons"
+        )
     return header
 
 
@@ -222,11 +228,11 @@ def _split(view: memoryview) -> tuple[memoryview, memoryview]:
 
 def _read_header(raw: memoryview, available: int) -> tuple[Entries, dict[str, Any]]:
     """Return the tensors' entries and the net's description, both exactly as they would be written."""
-    header = _loads(bytes(raw))
+    header = _loads(str(raw, "ascii", "replace"))
     metadata = header.pop("__metadata__", None)
     _expect(isinstance(metadata, dict) and metadata.get("format") == FORMAT, "it holds no packed net")
     _expect(isinstance(metadata.get("qlab"), str), "it holds no description of the net")
-    content = _loads(metadata["qlab"].encode("ascii", "replace"))
+    content = _loads(metadata["qlab"])
     version = content.get("version")
     _expect(type(version) is int, "it does not say its version")
     if version != VERSION:
@@ -261,14 +267,21 @@ _CONTENT = {
 }
 
 
-def _loads(text: bytes) -> dict[str, Any]:
+def _loads(text: str) -> dict[str, Any]:
+    structure = _structure(text)  # counted before anything is made of it
+    _expect(structure <= MAX_STRUCTURE, f"its header has {structure:,} values, more than the {MAX_STRUCTURE:,} allowed")
     try:
-        content = json.loads(text.decode("ascii"), parse_int=_integer, parse_constant=_refuse)
+        content = json.loads(text, parse_int=_integer, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else error
         raise PackedFileError(f"its header is no JSON that can be read ({why}); the file is damaged") from error
     _expect(isinstance(content, dict), "its header is no JSON object")
     return content
+
+
+def _structure(text: str) -> int:
+    """Return how many values a JSON text has at most: what it takes as Python objects grows with them."""
+    return sum(map(text.count, "{[,:"))
 
 
 def _integer(digits: str) -> int:

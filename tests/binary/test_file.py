@@ -162,8 +162,9 @@ def test_a_path_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
         (lambda d: replaced(d, b'\\"groups\\":1', b'\\"groups\\":1e999'), "not written as it should be"),
         (lambda d: replaced(d, b'\\"groups\\":1', b'\\"groups\\":NaN'), "NaN is no number of JSON"),
         (lambda d: replaced(d, b'\\"groups\\":1', b'\\"groups\\":' + b"9" * 20), "an integer of 20 digits"),
-        (lambda d: replaced(d, b'\\"layers\\":[', b'\\"layers\\":' + b"[" * 100_000), "nested too deeply"),
-        (lambda d: replaced(d, b"{", b'{"a":' + b"[" * 100_000), "nested too deeply"),
+        (lambda d: replaced(d, b'\\"layers\\":[', b'\\"layers\\":' + b"[" * 20_000), "nested too deeply"),
+        (lambda d: replaced(d, b"{", b'{"a":' + b"[" * 20_000), "nested too deeply"),
+        (lambda d: replaced(d, b"{", b'{"a":' + b"[" * 100_000), "more than the 32,768 allowed"),
         (lambda d: d.replace(b'\\"output\\":\\"v1', b'\\"output\\":\\"v2', 1), "the digest is another"),
     ],
 )
@@ -315,7 +316,9 @@ def test_the_documented_example_is_what_is_written(tmp_path: Path, monkeypatch: 
     assert logits.tolist() == [[3.0, -1.0]]
 
 
-@pytest.mark.parametrize("limit", [file.MAX_HEADER, shapes.MAX_STEPS, shapes.MAX_ELEMENTS, shapes.MAX_TERMS])
+@pytest.mark.parametrize(
+    "limit", [file.MAX_HEADER, file.MAX_STRUCTURE, shapes.MAX_STEPS, shapes.MAX_ELEMENTS, shapes.MAX_TERMS]
+)
 def test_every_limit_is_documented(limit: int) -> None:
     assert f"{limit:,}" in DOCUMENT
 
@@ -344,13 +347,38 @@ def test_reading_takes_at_most_four_times_the_file(tmp_path: Path) -> None:
     assert peak <= 4 * path.stat().st_size
 
 
-@pytest.mark.parametrize("element", [b"{},", b"[],", b"1,", b'"",'])
-def test_a_header_made_to_explode_takes_no_more_than_32_megabytes(element: bytes) -> None:
-    start, end = b'{"a":[', b"0]}"
-    body = start + element * ((file.MAX_HEADER - len(start + end)) // len(element)) + end
+@pytest.mark.parametrize(
+    "element", ["{},", "[],", "1,", '"",', "[[[],[]],[]],", '{"a":1,"b":{}},', "1.5,", '"ab",', ""]
+)
+@pytest.mark.parametrize("inner", [False, True])
+@pytest.mark.parametrize("most", [file.MAX_STRUCTURE, 10**9])
+def test_a_header_made_to_explode_takes_no_more_than_4_megabytes(element: str, inner: bool, most: int) -> None:
+    start, end = '{"a":[', "0]}"
+    count = min(
+        (file.MAX_HEADER - 200) // max(1, len(json.dumps(element)) - 2), most // max(1, file._structure(element))
+    )
+    text = start + element * (count - 4) + end if element else "x" * (file.MAX_HEADER - 200)
+    if inner:
+        text = json.dumps({"__metadata__": {"format": file.FORMAT, "qlab": text}})
+    body = text.encode("ascii")
+    assert len(body) <= file.MAX_HEADER
+    data = len(body).to_bytes(8, "little") + body
     tracemalloc.start()
     with pytest.raises(PackedFileError):
-        file._parse(len(body).to_bytes(8, "little") + body)
+        file._parse(data)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak <= 32 * 2**20
+    assert peak <= 4 * 2**20
+
+
+@pytest.mark.parametrize("hidden", [(16, 16), (64, 64), (256, 256)])
+def test_reading_a_small_net_takes_less_than_4_megabytes(tmp_path: Path, hidden: tuple[int, ...]) -> None:
+    net = compile(deployed("mlp", (1, 8, 8), hidden=hidden), torch.zeros(1, 1, 8, 8))
+    path = tmp_path / "net.safetensors"
+    net.save(path)
+    file.load(path)
+    tracemalloc.start()
+    file.load(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak <= max(4 * path.stat().st_size, 4 * 2**20)
