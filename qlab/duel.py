@@ -85,7 +85,7 @@ class Duel(Result):
         weights: (L,) weights in each.
         differ: (E, L) share of each layer's weights with another deployed sign.
         disagree: (E,) share of the test part that is decided differently.
-        decisions: (M, 2) the last decisions on the test part.
+        decisions: (M, 2) the last decisions on a mixed sample of the test part, in the order of `y`.
         y: (M,) its labels.
         plane: the last decisions over the plane; None where the data are not planar.
     """

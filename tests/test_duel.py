@@ -80,7 +80,7 @@ def test_what_differs_is_counted_as_by_hand() -> None:
         assert d.differ[-1, i] == pytest.approx(float((one.sign() != two.sign()).float().mean()))
         assert d.weights[i] == one.numel()
     assert d.apart[-1] == pytest.approx((d.differ[-1] * d.weights).sum() / d.weights.sum())
-    test = moons().split("test")
+    test = moons().split("test", 2000)
     decided = torch.stack([net(moons().transform(test.x)).argmax(1) for net in nets], 1)
     assert np.array_equal(d.decisions, decided.numpy())
     assert d.disagree[-1] == float((decided[:, 0] != decided[:, 1]).double().mean())
