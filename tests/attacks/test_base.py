@@ -289,6 +289,25 @@ def test_pixels_puts_the_normalisation_into_the_net(digits_net: Digits) -> None:
         pixels(net, object())
 
 
+def test_a_copy_of_a_net_before_its_data_set_shares_the_set_and_not_the_weights() -> None:
+    class Data:
+        def transform(self, x: Tensor) -> Tensor:
+            return x - 0.5
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise AssertionError("a data set holds its trainer: it is not to be copied")
+
+    net = pixels(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval(), Data())
+    twin = copy.deepcopy(net).double()
+    x = torch.rand(3, 1, 8, 8)
+    torch.testing.assert_close(twin(x.double()).float(), net(x))
+    assert not twin.training
+    with torch.no_grad():
+        for p in twin.parameters():
+            p.zero_()
+    assert net(x).abs().sum() > 0
+
+
 # ---- what makes no sense is said ------------------------------------------------------------------------------------
 
 
