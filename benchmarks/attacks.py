@@ -6,7 +6,8 @@
 The peers are not in the lab's constraints: two of them pin old versions of packages that they hardly use. Those that cannot be
 imported are left out, and a row says so. Net: LeNet on Fashion-MNIST, three epochs, float, pixels in [0, 1]; all attack the same
 test pictures within the same eps with as many steps of the same length, and start at the picture itself where both can. Each
-pair gives two rows: what is left of the examples (ours minus theirs at most 0, in per cent of the pictures), and the time.
+pair gives two rows: the time until one knows which examples are broken (torchattacks and captum return points alone, and are asked),
+and what is left of the examples (ours minus theirs at most 0, in per cent of the pictures).
 
 Attacks for the nearest point are compared by the median distance they find; the boundary attacks ask about as many questions. captum's default loss is meant for probabilities, and
 its gradients below 1e-6 count as zero; it gets cross-entropy here and keeps the threshold, which does no harm on a float net.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -61,7 +63,16 @@ def module(name: str) -> Any:
 
 
 class Pair:
-    """One attack of ours and one of a peer's, run on the same pictures; what the last runs found is kept for the other row."""
+    """One attack of ours and one of a peer's, run on the same pictures; what the last runs found is kept for the other row.
+
+    Args:
+        name, peer_name: of the attacks.
+        ours, peer: run them; ours says which examples are broken.
+        figure: of clean and attacked pictures, what is left or how far they are.
+        unit: of the figure.
+        ask: the peer returns points alone, and this asks which of them are broken.
+        rounds: timed runs.
+    """
 
     def __init__(
         self,
@@ -71,34 +82,30 @@ class Pair:
         peer: Callable[[], Tensor],
         figure: Callable[[Tensor, Tensor], float],
         unit: str,
+        ask: Callable[[Tensor], object] | None,
         rounds: int,
     ) -> None:
-        self.name, self.peer_name, self.ours, self.peer, self.unit, self.rounds = (
-            name,
-            peer_name,
-            ours,
-            peer,
-            unit,
-            rounds,
-        )
-        self.figure = figure
-        self.found: dict[str, float] = {}
+        self.name, self.peer_name, self.ours, self.peer, self.unit = name, peer_name, ours, peer, unit
+        self.figure, self.ask, self.rounds = figure, ask, rounds
+        self.found: dict[str, Tensor] = {}
 
     def rows(self, clean: Tensor) -> Iterator[Comparison]:
         """Yield the row of times, then that of what is found in the last timed runs."""
 
         def run_ours() -> None:
-            result = self.ours()
-            self.found["ours"] = self.figure(result.x, result.adversarial)
+            self.found["ours"] = self.ours().adversarial
 
         def run_peer() -> None:
-            self.found["peer"] = self.figure(clean, self.peer().detach())
+            self.found["peer"] = self.peer().detach()
+            if self.ask is not None:
+                self.ask(self.found["peer"])
 
         yield Comparison(f"{self.name}, time", run_ours, run_peer, self.peer_name, 1.0, rounds=self.rounds, warmup=1)
         what = "examples left" if self.unit == "%" else "median distance"
+        ours, peer = (partial(self.figure, clean, self.found[who]) for who in ("ours", "peer"))
         yield Comparison(
-            f"{self.name}, {what}", lambda: self.found["ours"], lambda: self.found["peer"], self.peer_name,
-            0.0 if self.unit == "%" else 1.0, "difference" if self.unit == "%" else "ratio", rounds=1, warmup=0, unit=self.unit,
+            f"{self.name}, {what}", ours, peer, self.peer_name, 0.0 if self.unit == "%" else 1.0,
+            "difference" if self.unit == "%" else "ratio", rounds=1, warmup=0, unit=self.unit,
         )  # fmt: skip
 
 
@@ -136,6 +143,10 @@ def comparisons() -> Iterator[Comparison]:
     def ours(attack: Attack, n: int, eps: float | None, norm: Any = "linf") -> Callable[[], Attacked]:
         return lambda: attack(net, x[:n], y[:n], eps, norm=norm)
 
+    def asked(points: Tensor) -> Tensor:
+        with torch.no_grad():
+            return net(points).argmax(1)
+
     pairs: list[tuple[Pair, int]] = []
 
     def add(
@@ -154,7 +165,8 @@ def comparisons() -> Iterator[Comparison]:
             lambda: peer(a, b),
             figure,
             unit,
-            3 if n > TINY else 1,
+            asked if peer_name in ("torchattacks", "captum") else None,
+            5 if n > TINY else 3,
         )
         pairs.append((pair, n))
 

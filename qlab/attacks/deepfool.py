@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from qlab.attacks.ball import Norm
+from qlab.attacks.ball import Norm, dual, norms
 from qlab.attacks.base import Attack, Ledger
 from qlab.attacks.estimators import BACKPROP, Estimator
 from qlab.attacks.hyperplane import nearest_plane, to_plane
@@ -42,12 +42,15 @@ class DeepFool(Attack):
     Args:
         steps: at most this many.
         overshoot: how much further than the sum of all steps it goes.
+        push: added to the length of every step, as in the authors' code, in the units of inputs: a step that stops short of the
+            boundary by a rounding is not made again and again.
         classes: only the classes of largest logits at x are looked at, the label's own among them; None for all.
         estimator: where gradients come from.
     """
 
     steps: int = 50
     overshoot: float = 0.02
+    push: float = 1e-4
     classes: int | None = 10
     estimator: Estimator = BACKPROP
 
@@ -56,9 +59,10 @@ class DeepFool(Attack):
     needs_eps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or not self.overshoot >= 0:
+        if self.steps < 1 or not self.overshoot >= 0 or not self.push >= 0:
             raise InputError(
-                f"steps is {self.steps!r} and overshoot {self.overshoot!r}; expected at least 1 step, and no negative overshoot"
+                f"steps is {self.steps!r}, overshoot {self.overshoot!r} and push {self.push!r}; expected at least 1 step, and no "
+                "negative overshoot or push"
             )
         if self.classes is not None and self.classes < 2:
             raise InputError(f"classes is {self.classes!r}; expected at least 2, the label's own among them, or None")
@@ -84,7 +88,9 @@ class DeepFool(Attack):
             if not len(at):
                 return
             ball = ledger.ball.take(at)
-            total = total + to_plane(points, w[right], f[right], ball.norm, -math.inf, math.inf)
+            w, f = w[right], f[right]
+            f = f + f.sign() * self.push * norms(w, dual(ball.norm))
+            total = total + to_plane(points, w, f, ball.norm, -math.inf, math.inf)
             points = ball.clip((ball.x.double() + (1 + self.overshoot) * total).to(points.dtype))
             yield (t + 1) / self.steps
         ledger.ask(at, points)

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -90,6 +90,13 @@ class Estimator(ABC):
             generator: of this step's noise, if it needs any.
         """
 
+    def each(
+        self, victim: Victim, x: Tensor, values: Sequence[Value], generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield what `gradient` returns for several f at the same points; arguments as there."""
+        for f in values:
+            yield self.gradient(victim, x, f, generator)
+
 
 @dataclass(frozen=True)
 class Backprop(Estimator):
@@ -99,18 +106,27 @@ class Backprop(Estimator):
         self, victim: Victim, x: Tensor, f: Value, generator: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits, values and gradients of one forward and one backward pass."""
+        return next(self.each(victim, x, [f], generator))
+
+    def each(
+        self, victim: Victim, x: Tensor, values: Sequence[Value], generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield the same for several f: one forward pass and a backward pass for each."""
         x = x.detach().requires_grad_()
         z = victim.differentiable(x)
-        v = f(z)
-        # A graph may also come from weights alone, behind a step that cuts the inputs off.
-        g = torch.autograd.grad(v.sum(), x, allow_unused=True)[0] if v.requires_grad else None
-        if g is None:
-            raise InputError(
-                "no gradient reaches the inputs: an operation in this net is not differentiable (a packed net has no gradient at "
-                "all). Attack the torch net it was made from, estimate the gradient by questions (NES, SPSA, FiniteDifference), or "
-                "take an attack without gradients: Square, Boundary, RandomSearch"
-            )
-        return z.detach(), v.detach(), g
+        for k, f in enumerate(values, 1):
+            v = f(z)
+            # A graph may also come from weights alone, behind a step that cuts the inputs off.
+            more = k < len(values)
+            g = torch.autograd.grad(v.sum(), x, allow_unused=True, retain_graph=more)[0] if v.requires_grad else None
+            if g is None:
+                raise InputError(
+                    "no gradient reaches the inputs: an operation in this net is not differentiable (a packed net has no gradient "
+                    "at all). Attack the torch net it was made from, estimate the gradient by questions (NES, SPSA, "
+                    "FiniteDifference), or take an attack without gradients: Square, Boundary, RandomSearch"
+                )
+            victim.count["backward"] += len(x) if k > 1 else 0  # the first was counted with the questions
+            yield z.detach(), v.detach(), g
 
 
 BACKPROP = Backprop()

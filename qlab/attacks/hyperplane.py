@@ -24,6 +24,7 @@ Shapes: x, w (n, ...), f, y (n,), targets (n, K).
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,7 +36,6 @@ from qlab.attacks.victim import Victim
 
 __all__ = ["nearest_plane", "span", "to_plane"]
 
-ROWS = 512  # rows of one backward pass, so that many classes fit into memory
 TIE = 1e-3  # where two logits are equal, the plane is put this share of the range away
 FAR = 1e300  # in place of infinity, which times 0 would be NaN
 
@@ -123,31 +123,20 @@ def nearest_plane(
         y: (n,) labels.
         targets: (n, K) classes s to choose from.
     """
-    n, K = targets.shape
     width = span(ball)
-    at_once = max(1, ROWS // n)
-    least = torch.full((n,), torch.inf, dtype=torch.float64, device=points.device)
+    least = torch.full((len(targets),), torch.inf, dtype=torch.float64, device=points.device)
     f, w = torch.zeros_like(least), torch.zeros_like(points)
     logits: Tensor | None = None
-    for start in range(0, K, at_once):
-        some = targets[:, start : start + at_once].T  # (k, n)
-        k = len(some)
-        s, own = some.reshape(-1), y.repeat(k)
-
-        def difference(z: Tensor, own: Tensor = own, s: Tensor = s) -> Tensor:
-            return targeted_margin(z, own, s)
-
-        z, v, g = estimator.gradient(taught, points.repeat(k, *(1,) * (points.dim() - 1)), difference, noise)
-        logits = z[:n] if logits is None else logits
+    differences = [partial(targeted_margin, y=y, t=t) for t in targets.T]
+    for z, v, g in estimator.each(taught, points, differences, noise):
+        logits = z if logits is None else logits
         g = g.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         size = norms(g, dual(ball.norm))
         v = torch.where(v == 0, -TIE * width * size, v.double())
-        length = torch.where(size > 0, v.abs() / size, torch.inf).reshape(k, n)
-        best, which = length.min(0)
-        closer = best < least
-        row = which * n + torch.arange(n, device=points.device)
-        least = torch.where(closer, best, least)
-        f = torch.where(closer, v[row], f)
-        w[closer] = g[row][closer].to(w.dtype)
+        length = torch.where(size > 0, v.abs() / size, torch.inf)
+        closer = length < least
+        least = torch.where(closer, length, least)
+        f = torch.where(closer, v, f)
+        w[closer] = g[closer].to(w.dtype)
     assert logits is not None
     return logits, f, w

@@ -89,19 +89,23 @@ def deployed(net: nn.Module) -> nn.Module:
     return plain(net)
 
 
+TRIED = 32  # examples on which a net is tried before it is attacked
+
+
 def checked(net: nn.Module, x: Tensor, y: Tensor, batch: int, random: bool = False) -> nn.Module:
     """Return the deployed net; raise where an attack would say nothing true.
 
     Args:
         net, x, y: as of an attack.
-        batch: examples to try.
+        batch: examples at a time.
         random: whether the attack averages over the noise of a net that answers twice differently.
 
     Raises:
         InputError: what `qlab.diagnose.base.check` says of net and inputs; labels out of range.
     """
     net = deployed(net)
-    _, z = check(_OneDraw(net) if random else net, x[:batch], y[:batch], varied=False)
+    few = min(batch, TRIED)
+    _, z = check(_OneDraw(net) if random else net, x[:few], y[:few], varied=False)
     if z.shape[1] < 2:
         raise InputError("the net gives one logit; an attack needs one for each of at least two classes")
     if len(y) != len(x):

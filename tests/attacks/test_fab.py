@@ -286,7 +286,7 @@ def test_targets_are_as_many_as_there_are_other_classes() -> None:
     x, y = data(net, 3)
     assert FABT(steps=1)(net, x, y).forward == 3 * (1 + 3 * 2)
     assert FABT(steps=1, targets=2)(net, x, y).forward == 3 * (1 + 2 * 2)
-    assert FAB(steps=1)(net, x, y).forward == 3 * (1 + 3 + 1)
+    assert (FAB(steps=1)(net, x, y).forward, FAB(steps=1)(net, x, y).backward) == (3 * (1 + 1 + 1), 3 * 3)
 
 
 @pytest.mark.parametrize(

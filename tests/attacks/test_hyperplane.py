@@ -140,12 +140,8 @@ def plane(
     return victim, *nearest_plane(BACKPROP, victim, ball, x, y, targets, generator("test", 0))
 
 
-@pytest.mark.parametrize("rows", [1, 7, 512])
 @pytest.mark.parametrize("norm", NORMS)
-def test_nearest_plane_is_the_smallest_quotient_over_all_targets(
-    norm: str, rows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("qlab.attacks.hyperplane.ROWS", rows)
+def test_nearest_plane_is_the_smallest_quotient_over_all_targets(norm: str) -> None:
     draw = torch.Generator().manual_seed(3)
     net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 5)).double().requires_grad_(False)
     for m in net:
@@ -156,7 +152,7 @@ def test_nearest_plane_is_the_smallest_quotient_over_all_targets(
     targets = torch.stack([torch.tensor([s for s in range(5) if s != k]) for k in y])
     victim, z, f, w = plane(net, x, y, targets, norm)
     torch.testing.assert_close(z, net(x))
-    assert victim.count == {"forward": 24, "backward": 24}
+    assert victim.count == {"forward": 6, "backward": 24}
     for n in range(6):
         J = torch.autograd.functional.jacobian(net, x[n])
         best = min(
