@@ -6,11 +6,12 @@
 The peers are not in the lab's constraints: two of them pin old versions of packages that they hardly use. Those that cannot be
 imported are left out, and a row says so. Net: LeNet on Fashion-MNIST, three epochs, float, pixels in [0, 1]; all attack the same
 test pictures within the same eps with as many steps of the same length, and start at the picture itself where both can. Each
-pair gives two rows: the time until one knows which examples are broken (torchattacks and captum return points alone, and are asked),
-and what is left of the examples (ours minus theirs at most 0, in per cent of the pictures).
+pair gives two rows: the time until one knows which examples are broken (torchattacks and captum return points alone, and their
+points are asked about), and what is left of the examples (ours minus theirs at most 0, in per cent of the pictures).
 
-Attacks for the nearest point are compared by the median distance they find; the boundary attacks ask about as many questions. captum's default loss is meant for probabilities, and
-its gradients below 1e-6 count as zero; it gets cross-entropy here and keeps the threshold, which does no harm on a float net.
+Attacks for the nearest point are compared by the median distance they find; the boundary attacks ask about as many questions.
+captum's default loss is meant for probabilities, and its gradients below 1e-6 count as zero; it gets cross-entropy here and keeps
+the threshold, which does no harm on a float net.
 """
 
 from __future__ import annotations
