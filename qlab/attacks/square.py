@@ -127,6 +127,7 @@ class Square(Attack):
         moves = (_Stripes if ledger.ball.norm == "linf" else _Bumps)(ledger, noise)
         best = moves.first()
         value = torch.full_like(ledger.margin, -torch.inf)
+        logits = torch.zeros_like(ledger.z)  # of the best points
         for t in range(1, self.queries):
             at = ledger.active
             if not len(at):
@@ -134,15 +135,17 @@ class Square(Attack):
             points = best[at] if t == 1 else moves.next(best, at, share(self.p, t - 1, self.queries))
             z = victim.logits(points)
             m = score(z, ledger.y[at])
-            rises = m > value[at]
-            if rises.any():
-                ledger.see(at[rises], points[rises], z[rises])
-            moves_to = m >= value[at] if self.ties else rises
+            found = (m > 0) & (m > value[at])
+            if found.any():
+                ledger.see(at[found], points[found], z[found])
+            moves_to = m >= value[at] if self.ties else m > value[at]
             moved = at[moves_to]
-            best[moved], value[moved] = points[moves_to], m[moves_to]
+            best[moved], value[moved], logits[moved] = points[moves_to], m[moves_to], z[moves_to]
             if ledger.traced:
                 ledger.step(at, best[at], value[at])
             yield t / (self.queries - 1)
+        at = ledger.active
+        ledger.see(at, best[at], logits[at])
 
 
 class _Moves(ABC):
@@ -174,10 +177,10 @@ class _Moves(ABC):
         """Return x (n, ...) as (n, c, h, w)."""
         return x.reshape(len(x), self.c, self.h, self.w)
 
-    def signs(self, *shape: int) -> Tensor:
-        """Return a random sign for each example, channel and what else, (N, c, *shape)."""
+    def coins(self, *shape: int) -> Tensor:
+        """Return heads or tails for each example, channel and what else, (N, c, *shape)."""
         draws = torch.randint(0, 2, (len(self.ball.x), self.c, *shape), generator=self.noise, dtype=torch.int8)
-        return 2 * draws.to(self.ball.x.device) - 1
+        return draws.to(self.ball.x.device).bool()
 
     def places(self, a: int, b: int, at: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the index of a random window of pictures (n, c, h, w) for the examples at (n,): what it takes is (n, c, a, b)."""
@@ -201,14 +204,14 @@ class _Stripes(_Moves):
 
     def first(self) -> Tensor:
         """Return the vertical stripes, (N, ...)."""
-        return torch.where(self.signs(1, self.w) > 0, self.high, self.low).reshape(self.ball.x.shape)
+        return torch.where(self.coins(1, self.w), self.high, self.low).reshape(self.ball.x.shape)
 
     def next(self, best: Tensor, at: Tensor, p: float) -> Tensor:
         """Return the best points of the examples at (n,) with one window moved to an end, (n, ...)."""
         window = self.places(*side(p, self.h, self.w), at)
         there = (at[:, None, None, None], *window[1:])
         low, high = self.low[there], self.high[there]
-        up = self.signs(1, 1)[at] > 0
+        up = self.coins(1, 1)[at]
         points = self.pictures(best[at])
         before, after = points[window], torch.where(up, high, low)
         same = (after == before).flatten(1).all(1)[:, None, None, None]
@@ -225,7 +228,7 @@ class _Bumps(_Moves):
         down, across = self.h // a, self.w // b
         top, left = (self.h - a * down) // 2, (self.w - b * across) // 2
         delta = torch.zeros(len(self.ball.x), self.c, self.h, self.w, dtype=torch.float64, device=self.ball.x.device)
-        signs = self.signs(down, across).double()
+        signs = 2 * self.coins(down, across).double() - 1
         tiles = signs[:, :, :, None, :, None] * self._eta(a, b)[:, :, None, :, None]
         delta[:, :, top : top + a * down, left : left + b * across] = tiles.reshape(
             len(delta), self.c, a * down, b * across
@@ -241,7 +244,7 @@ class _Bumps(_Moves):
         delta = self.pictures(best[at].double() - self.ball.x[at].double())
         eps = reach(self.ball)[at][:, None, None, None]
         free = (eps**2 - delta.square().sum((1, 2, 3), keepdim=True)).clamp(min=0)
-        new, old = self.signs(1, 1)[at] * eta, delta[filled]
+        new, old = torch.where(self.coins(1, 1)[at], eta, -eta), delta[filled]
         u = new + old / (old.norm(dim=(2, 3), keepdim=True) + TINY)
         length = u.norm(dim=(2, 3), keepdim=True)
         u = torch.where(length > CANCELLED, u / length, new)
