@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -291,6 +291,24 @@ class Session:
         return self.session.run(None, self.feed)
 
 
+PARTS = {
+    "binary convolutions": ("binary_conv2d",),
+    "float convolutions (stem, shortcuts)": ("conv2d",),
+    "max pool and what comes with it": ("max_pool2d", "batch_norm"),
+}
+
+
+def profile(name: str, packed: Any, x: Tensor) -> Iterator[Comparison]:
+    """Yield what the parts of a call take, step by step: why a net is as fast as it is."""
+    steps = qlab.binary.cost(packed, x, ["numba"]).steps
+    total = 1e3 * sum(seconds for *_, seconds in steps)
+    for part, ops in PARTS.items():
+        spent = 1e3 * sum(seconds for _, op, seconds in steps if op in ops)
+        yield Comparison(
+            f"{name}, {part}", partial(float, spent), partial(float, total), "all steps", rounds=1, warmup=0, unit="ms"
+        )
+
+
 def resnets(folder: Path) -> Iterator[Comparison]:
     x = torch.randn(1, 3, 224, 224)
     packed = qlab.binary.compile(binary("bireal18", (3, 224, 224), 1000, stem="large"), x)
@@ -306,6 +324,7 @@ def resnets(folder: Path) -> Iterator[Comparison]:
     yield Comparison(
         f"{name}, one call after one of the other", lambda: packed(x), peer, "ResNet-18, onnxruntime float32"
     )
+    yield from profile(name, packed, x)
     path = folder / "net.safetensors"
     packed.save(path)
     yield Comparison(

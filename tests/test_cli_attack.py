@@ -78,7 +78,7 @@ def test_finished_attacks_are_read_again(
         (["--suite", "best"], "standard"),
         (["--norm", "l3"], "linf"),
         (["--html", "/no/such/folder/report.html"], "folder that exists"),
-        (["--samples", "0"], "positive number"),
+        (["--samples", "0"], "samples must be a whole number of at least 1"),
     ],
 )
 def test_what_cannot_be_run_is_said_in_one_line(

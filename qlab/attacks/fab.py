@@ -45,6 +45,9 @@ SMALL = 1e-8  # the least a_i: no division by zero on the boundary
 class FAB(Attack):
     """Fast adaptive boundary attack towards whichever class is nearest.
 
+    With an eps, an example for which a run has found a point within it is left alone by the runs that follow (`early_stop`); its
+    distance is then that of the first point near enough. Without one, all runs look for the nearest point.
+
     Args:
         steps: iterations of a run.
         restarts: runs; the first starts at x, the others near it.
@@ -80,10 +83,7 @@ class FAB(Attack):
     def search(
         self, victim: Victim, ledger: Ledger, noise: torch.Generator, session: Any
     ) -> Generator[float, None, None]:
-        """Run all targets and restarts on the examples that were right to begin with.
-
-        Where there is a radius, an example for which a run found a point within it needs no other (`early_stop`).
-        """
+        """Run all targets and restarts on the examples that were right to begin with, and are worth another run."""
         taught = self.estimator.bind(victim)
         everyone = ledger.active
         pairs = self.pairs(nearest_classes(ledger.z, ledger.y, ledger.classes - 1))

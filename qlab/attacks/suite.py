@@ -121,8 +121,6 @@ def examples(data: Any, samples: int | None = 1000) -> tuple[Tensor, Tensor]:
         raise InputError(
             f"data is a {type(data).__name__}; expected a data set of the lab, or inputs and labels (x, y)"
         )
-    if samples is not None and (isinstance(samples, bool) or samples < 1):
-        raise InputError(f"samples is {samples!r}; expected a positive number of test examples, or None for all")
     test = split("test", data.num_samples("test") if samples is None else samples)
     return (test.x.float() / 255 if test.x.dtype == torch.uint8 else test.x.float()), test.y
 

@@ -59,7 +59,7 @@ def _batch(shape: list[int], data: DataModule | None) -> Tensor:
 
     if data is None:
         return torch.randn(EXAMPLES, *shape, generator=torch.Generator().manual_seed(0))
-    return data.transform(data.split("test").x[:EXAMPLES])
+    return data.transform(data.split("test", EXAMPLES).x)
 
 
 def _table(packed: PackedNet) -> str:

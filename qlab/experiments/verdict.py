@@ -232,12 +232,15 @@ class Every:
         if self.relation not in _RELATIONS:
             raise InputError(f"unknown relation {self.relation!r}; expected one of {' '.join(_RELATIONS)}")
 
+    @property
+    def condition(self) -> str:
+        """What is claimed."""
+        arms = ", ".join(f"[{arm}]" for arm in self.arms)
+        return f"{self.metric.label} {self.relation} {self.metric.show(self.bound)} in every run of {arms}"
+
     def words(self, confidence: float) -> str:
         """Return the condition under which this part holds."""
-        return (
-            f"{self.metric.label} {self.relation} {self.metric.show(self.bound)} in every run of "
-            f"{', '.join(f'[{arm}]' for arm in self.arms)} (it fails with the first run where it is not)"
-        )
+        return f"{self.condition} (it fails with the first run where it is not)"
 
     def judge(self, frame: pd.DataFrame, seeds: Sequence[int], confidence: float) -> Evidence:
         """Return the range of the metric and the runs that contradict the claim."""
@@ -300,7 +303,7 @@ class Rule:
             ". The interval is the hull of Student's t and the BCa bootstrap interval over seeds: at 3 seeds a bootstrap "
             "alone is too narrow. Undecided otherwise, with one seed, or where runs are missing."
         )
-        given = "".join(f" Undecided also unless {self._condition(each)}." for each in self.given)
+        given = "".join(f" Undecided also unless {each.condition}." for each in self.given)
         return f"Holds if {parts}{interval}{given}"
 
     def judge(self, frame: pd.DataFrame, seeds: Sequence[int]) -> tuple[Outcome, tuple[Evidence, ...]]:
@@ -311,7 +314,7 @@ class Rule:
             seeds: the seeds that every arm should have been run with.
         """
         evidence = tuple(check.judge(frame, seeds, self.level) for check in self.checks)
-        given = tuple(self._met(each.judge(frame, seeds, self.level), each) for each in self.given)
+        given = tuple(self._presupposed(each, frame, seeds) for each in self.given)
         outcomes = {part.outcome for part in evidence}
         if any(part.outcome != "holds" for part in given):
             return "undecided", given + evidence
@@ -319,18 +322,13 @@ class Rule:
             return "fails", given + evidence
         return ("holds" if outcomes == {"holds"} else "undecided"), given + evidence
 
-    @staticmethod
-    def _condition(each: Every) -> str:
-        arms = ", ".join(f"[{arm}]" for arm in each.arms)
-        return f"{each.metric.label} {each.relation} {each.metric.show(each.bound)} in every run of {arms}"
-
-    @classmethod
-    def _met(cls, found: Evidence, each: Every) -> Evidence:
+    def _presupposed(self, each: Every, frame: pd.DataFrame, seeds: Sequence[int]) -> Evidence:
         """Return what was found of a presupposition: not met, it leaves the claim open and does not refute it."""
+        found = each.judge(frame, seeds, self.level)
         if found.outcome != "fails":
             return found
-        statement = f"{found.statement.split(', against the claim')[0]}: not what the claim presupposes"
-        return Evidence(f"{statement}, {cls._condition(each)}", "undecided", found.numbers)
+        low, high = (each.metric.show(found.numbers[end]) for end in ("low", "high"))
+        return Evidence(f"the claim presupposes {each.condition}; it is {low} to {high}", "undecided", found.numbers)
 
 
 def _values(frame: pd.DataFrame, arm: str, metric: str, seeds: Sequence[int]) -> NDArray[np.float64]:

@@ -281,6 +281,21 @@ def test_a_range_without_end_is_no_obstacle_to_restarts() -> None:
     assert all(bool(step.points.isfinite().all()) for step in still.trace)
 
 
+def test_within_a_radius_runs_leave_alone_what_others_have_broken_and_lose_nothing() -> None:
+    net = linear(5)
+    x, y = data(net, 20)
+    free = FABT(steps=5)(net, x, y, norm="l2", low=-9.0, high=9.0)
+    eps = float(np.median(free.distance)) * 1.5
+    quick, thorough = (
+        FABT(steps=5, early_stop=early)(net, x, y, eps, norm="l2", low=-9.0, high=9.0) for early in (True, False)
+    )
+    np.testing.assert_array_equal(quick.success, thorough.success)
+    assert 0 < quick.success.sum() < 20
+    assert quick.forward < thorough.forward
+    assert (thorough.distance[thorough.success] <= quick.distance[quick.success]).all()
+    assert FABT(steps=5)(net, x, y, norm="l2", low=-9.0, high=9.0).forward == thorough.forward  # without one, all runs
+
+
 def test_targets_are_as_many_as_there_are_other_classes() -> None:
     net = linear(4)
     x, y = data(net, 3)

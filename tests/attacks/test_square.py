@@ -421,3 +421,23 @@ def test_logits_that_overflow_on_the_way_are_named() -> None:
     x = pictures(4, 6)
     with pytest.raises(InputError, match="NaN"):
         Square(queries=10)(Bursts().eval(), x, torch.zeros(4, dtype=torch.int64), 0.5, high=2.0)
+
+
+def test_a_search_whose_last_question_breaks_the_last_example_ends_well() -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False)).eval().requires_grad_(False)
+    net[1].weight.copy_(torch.tensor([[0.0] * 4, [1.0] * 4]))  # class 1 as soon as a pixel is above 0
+    x, y = torch.zeros(1, 1, 2, 2), torch.tensor([0])
+    asked = [Square(queries, seed=0)(net, x, y, 0.5, low=-1.0) for queries in (2, 3, 4, 6, 10)]
+    assert any(found.success.all() and found.forward == q for found, q in zip(asked, (2, 3, 4, 6, 10), strict=True))
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_what_is_not_broken_is_booked_at_its_best_point(early: bool) -> None:
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)).eval().requires_grad_(False)
+    net[1].weight.copy_(torch.stack([torch.ones(16), torch.zeros(16)]))
+    net[1].bias.copy_(torch.tensor([0.0, -20.0]))  # out of reach: the margin falls by 16 eps at most
+    x, y = torch.full((3, 1, 4, 4), 0.5), torch.zeros(3, dtype=torch.int64)
+    found = Square(300, early_stop=early)(net, x, y, 0.1)
+    assert not found.success.any()
+    np.testing.assert_allclose(found.margin, -20 - 16 * (0.5 - 0.1), rtol=1e-5)
+    np.testing.assert_allclose(found.adversarial.numpy(), 0.4, rtol=1e-6)

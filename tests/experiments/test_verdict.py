@@ -148,6 +148,25 @@ def test_rule_holds_only_if_all_parts_hold_and_fails_if_one_fails() -> None:
     assert Rule((ahead, Every(FLIPS, ("old",), "==", 0))).judge(runs, (0, 1, 2))[0] == "undecided"
 
 
+@pytest.mark.parametrize(
+    ("flips", "expected", "found"),
+    [
+        ([1, 2, 3], "fails", "holds"),
+        ([1, 2, 0], "undecided", "undecided"),
+        ([1, 2], "undecided", "undecided"),
+    ],
+)
+def test_where_a_run_is_not_what_the_claim_presupposes_the_verdict_is_undecided(
+    flips: list[float], expected: str, found: str
+) -> None:
+    runs = pd.concat([frame({"new": [0.1, 0.1, 0.11], "old": [0.5, 0.52, 0.5]}), frame({"new": flips}, "flips")])
+    rule = Rule((AHEAD,), given=(Every(FLIPS, ("new",), ">", 0),))
+    verdict, evidence = rule.judge(runs, (0, 1, 2))
+    assert (verdict, evidence[0].outcome, evidence[1].outcome) == (expected, found, "fails")
+    assert "Undecided also unless" in rule.words
+    assert "in every run of [new]." in rule.words
+
+
 def test_several_comparisons_share_the_error() -> None:
     rule = Rule((AHEAD, Difference(ACC, "old", "new"), Every(FLIPS, ("new",), ">", 0)))
     assert rule.level == pytest.approx(0.975)
