@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 import qlab
 from qlab.bench import Comparison
+from qlab.binary.cost import cost
 from qlab.binary.kernels import cpu
 from qlab.quantizers import Sign
 
@@ -300,7 +301,7 @@ PARTS = {
 
 def profile(name: str, packed: Any, x: Tensor) -> Iterator[Comparison]:
     """Yield what the parts of a call take, step by step: why a net is as fast as it is."""
-    steps = qlab.binary.cost(packed, x, ["numba"]).steps
+    steps = cost(packed, x, ["numba"]).steps
     total = 1e3 * sum(seconds for *_, seconds in steps)
     for part, ops in PARTS.items():
         spent = 1e3 * sum(seconds for _, op, seconds in steps if op in ops)
